@@ -1,0 +1,65 @@
+package nic
+
+import "net/netip"
+
+// Snapshot is what was seen in a pod network namespace before virtlet changed anything in it: enough to plan the
+// guest's interfaces, and enough to put every link back exactly as it was. It holds nothing secret.
+type Snapshot struct {
+	Links []Link `json:"links"` // by interface index; the loopback is left out
+}
+
+// Link gives the link of that name, or nil.
+func (s *Snapshot) Link(name string) *Link {
+	for i := range s.Links {
+		if s.Links[i].Name == name {
+			return &s.Links[i]
+		}
+	}
+	return nil
+}
+
+// Link is one network device of the namespace.
+type Link struct {
+	Name   string `json:"name"`
+	Index  int    `json:"index"`
+	Kind   string `json:"kind"` // rtnetlink's IFLA_INFO_KIND: veth, macvlan, tun ...; "device" for a hardware device
+	MAC    MAC    `json:"mac"`
+	MTU    int    `json:"mtu"`
+	Up     bool   `json:"up"`
+	Master string `json:"master,omitempty"` // the bridge that the link is a port of
+	// ParentBus and ParentDev are rtnetlink's IFLA_PARENT_DEV_BUS_NAME and IFLA_PARENT_DEV_NAME: "pci", "0000:01:10.0".
+	ParentBus string            `json:"parentBus,omitempty"`
+	ParentDev string            `json:"parentDev,omitempty"`
+	Addrs     []Addr            `json:"addrs,omitempty"`
+	Routes    []KernelRoute     `json:"routes,omitempty"`
+	Sysctls   map[string]string `json:"sysctls,omitempty"` // those that virtlet changes, by path below /proc/sys/net
+}
+
+// Addr is one address as the kernel keeps it.
+type Addr struct {
+	Prefix    netip.Prefix `json:"prefix"` // with host bits: 10.1.0.5/24
+	Peer      netip.Prefix `json:"peer,omitzero"`
+	Broadcast netip.Addr   `json:"broadcast,omitzero"`
+	Label     string       `json:"label,omitempty"`
+	Scope     int          `json:"scope,omitempty"`     // RT_SCOPE_*
+	Flags     int          `json:"flags,omitempty"`     // IFA_F_*
+	ValidLft  uint32       `json:"validLft,omitempty"`  // seconds; 0: for ever
+	PrefLft   uint32       `json:"preferLft,omitempty"` // seconds; 0: for ever
+}
+
+// KernelRoute is one unicast route as the kernel keeps it. Routes that the kernel makes by itself (local, broadcast,
+// multicast; connected ones come back with their address) are not in a snapshot, but connected ones are:
+// their protocol is RTPROT_KERNEL.
+type KernelRoute struct {
+	Dst      netip.Prefix `json:"dst"`
+	Gw       netip.Addr   `json:"gw,omitzero"`
+	Src      netip.Addr   `json:"src,omitzero"`
+	Table    int          `json:"table,omitempty"`    // RT_TABLE_*; 0 stands for main (254)
+	Protocol int          `json:"protocol,omitempty"` // RTPROT_*
+	Scope    int          `json:"scope,omitempty"`    // RT_SCOPE_*
+	Type     int          `json:"type,omitempty"`     // RTN_*; 0 stands for unicast (1)
+	Flags    int          `json:"flags,omitempty"`    // RTNH_F_*: onlink is 4
+	Metric   int          `json:"metric,omitempty"`
+	MTU      int          `json:"mtu,omitempty"`
+	AdvMSS   int          `json:"advMSS,omitempty"`
+}
