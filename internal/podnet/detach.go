@@ -1,0 +1,183 @@
+package podnet
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/nic"
+)
+
+// Detach undoes what Attach did, wholly or in part, so that the CNI plugin's DEL finds what its ADD left. It works from
+// the Record alone, takes what is gone already as done, never stops early, and may be called again. QEMU must have
+// ended: a guest still running loses its network.
+func Detach(ns *netns.NS, rec Record) error {
+	k, err := open(ns)
+	if err != nil {
+		return fmt.Errorf("detach: %w", err)
+	}
+	defer k.close()
+	errs := []error{ns.Do(func() error { return k.remove(rec) })}
+	// What is left to put back differs from what was seen at the start.
+	now, err := Observe(ns)
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	for _, j := range rec.Joins {
+		want, is := rec.Snapshot.Link(j.Link), now.Link(j.Link)
+		if want == nil || is == nil || is.Index != want.Index {
+			continue // taken away or replaced since: not ours to touch
+		}
+		if err := ns.Do(func() error { return k.restore(want, is) }); err != nil {
+			errs = append(errs, fmt.Errorf("restore %s: %w", j.Link, err))
+		}
+	}
+	// A second look: addresses bring routes back with them, and switching IPv6 on brings addresses.
+	if now, err = Observe(ns); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	errs = append(errs, ns.Do(func() error {
+		var errs []error
+		for _, j := range rec.Joins {
+			want, is := rec.Snapshot.Link(j.Link), now.Link(j.Link)
+			if want == nil || is == nil || is.Index != want.Index {
+				continue
+			}
+			if err := k.restoreRoutes(want, is); err != nil {
+				errs = append(errs, fmt.Errorf("restore %s: %w", j.Link, err))
+			}
+		}
+		return errors.Join(append(errs, writeSysctls(rec.Sysctls))...)
+	}))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("detach: %w", err)
+	}
+	return nil
+}
+
+// remove deletes the filters, bridges and TAPs of Attach.
+func (k *kernel) remove(rec Record) error {
+	k.nft.DelTable(&nftables.Table{Name: tableName, Family: nftables.TableFamilyNetdev})
+	var errs []error
+	if err := k.nft.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		errs = append(errs, fmt.Errorf("remove filters: %w", err))
+	}
+	for _, j := range rec.Joins {
+		for name, kind := range map[string]string{j.Bridge: "bridge", j.Tap: "tuntap"} {
+			link, err := k.h.LinkByName(name)
+			if errors.As(err, &netlink.LinkNotFoundError{}) {
+				continue
+			}
+			if err == nil && link.Type() != kind {
+				continue // somebody else's
+			}
+			if err == nil {
+				err = k.h.LinkDel(link)
+			}
+			if err != nil && !errors.Is(err, unix.ENODEV) {
+				errs = append(errs, fmt.Errorf("remove %s: %w", name, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// restore makes a link what it was, but for its routes.
+func (k *kernel) restore(want, is *nic.Link) error {
+	link := device(is.Index, is.Name)
+	var errs []error
+	try := func(differs bool, what string, do func() error) {
+		if !differs {
+			return
+		}
+		if err := do(); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", what, err))
+		}
+	}
+	try(is.Master != want.Master && is.Master != "", "leave bridge", func() error { return k.h.LinkSetNoMaster(link) })
+	try(is.MAC != want.MAC, "set MAC", func() error { return k.h.LinkSetHardwareAddr(link, want.MAC.HardwareAddr()) })
+	try(is.MTU != want.MTU, "set MTU", func() error { return k.h.LinkSetMTU(link, want.MTU) })
+	try(true, "set sysctls", func() error { return writeSysctls(want.Sysctls) })
+	try(is.Up && !want.Up, "set down", func() error { return k.h.LinkSetDown(link) })
+	try(!is.Up && want.Up, "set up", func() error { return k.h.LinkSetUp(link) })
+	for _, a := range want.Addrs {
+		if slices.Contains(is.Addrs, a) {
+			continue
+		}
+		// EEXIST: IPv6 brought its own link-local back.
+		if err := k.h.AddrAdd(link, kernelAddr(a)); err != nil && !errors.Is(err, unix.EEXIST) {
+			errs = append(errs, fmt.Errorf("add address %s: %w", a.Prefix, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// restoreRoutes removes the addresses and routes that a link did not have, and adds the routes that it lacks: those on
+// the link first, as the others' gateways need them.
+func (k *kernel) restoreRoutes(want, is *nic.Link) error {
+	link := device(is.Index, is.Name)
+	var errs []error
+	for _, a := range is.Addrs {
+		if !slices.ContainsFunc(want.Addrs, func(w nic.Addr) bool { return w.Prefix == a.Prefix }) {
+			if err := k.h.AddrDel(link, kernelAddr(a)); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+				errs = append(errs, fmt.Errorf("remove address %s: %w", a.Prefix, err))
+			}
+		}
+	}
+	for _, r := range is.Routes {
+		if !slices.Contains(want.Routes, r) {
+			if err := k.h.RouteDel(kernelRoute(r, is.Index)); err != nil && !errors.Is(err, unix.ESRCH) {
+				errs = append(errs, fmt.Errorf("remove route to %s: %w", r.Dst, err))
+			}
+		}
+	}
+	missing := slices.DeleteFunc(slices.Clone(want.Routes), func(r nic.KernelRoute) bool { return slices.Contains(is.Routes, r) })
+	slices.SortStableFunc(missing, func(a, b nic.KernelRoute) int { return hops(a) - hops(b) })
+	for _, r := range missing {
+		if err := k.h.RouteAdd(kernelRoute(r, is.Index)); err != nil && !errors.Is(err, unix.EEXIST) {
+			errs = append(errs, fmt.Errorf("add route to %s: %w", r.Dst, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func hops(r nic.KernelRoute) int {
+	if r.Gw.IsValid() {
+		return 1
+	}
+	return 0
+}
+
+func kernelAddr(a nic.Addr) *netlink.Addr {
+	out := &netlink.Addr{
+		IPNet: ipNet(a.Prefix), Peer: peer(a), Label: a.Label, Scope: a.Scope, Flags: a.Flags,
+		ValidLft: int(a.ValidLft), PreferedLft: int(a.PrefLft),
+	}
+	switch {
+	case a.Broadcast.IsValid():
+		out.Broadcast = a.Broadcast.AsSlice()
+	case a.Prefix.Addr().Is4():
+		out.Broadcast = net.IPv4zero // stands for none; the library would work one out
+	}
+	return out
+}
+
+func kernelRoute(r nic.KernelRoute, index int) *netlink.Route {
+	out := &netlink.Route{
+		LinkIndex: index, Dst: ipNet(r.Dst), Table: r.Table, Protocol: netlink.RouteProtocol(r.Protocol),
+		Scope: netlink.Scope(r.Scope), Type: r.Type, Flags: r.Flags, Priority: r.Metric, MTU: r.MTU, AdvMSS: r.AdvMSS,
+	}
+	if r.Gw.IsValid() {
+		out.Gw = r.Gw.AsSlice()
+	}
+	if r.Src.IsValid() {
+		out.Src = r.Src.AsSlice()
+	}
+	return out
+}

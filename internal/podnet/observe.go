@@ -1,0 +1,175 @@
+package podnet
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/nic"
+)
+
+// Observe reads the links of the namespace with their addresses, routes and the settings that Attach would change.
+// It changes nothing.
+func Observe(ns *netns.NS) (nic.Snapshot, error) {
+	h, err := ns.Netlink()
+	if err != nil {
+		return nic.Snapshot{}, fmt.Errorf("observe namespace: %w", err)
+	}
+	links, err := netns.Dump(h.LinkList)
+	if err != nil {
+		return nic.Snapshot{}, fmt.Errorf("observe namespace: list links: %w", err)
+	}
+	addrs, err := netns.Dump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nic.Snapshot{}, fmt.Errorf("observe namespace: list addresses: %w", err)
+	}
+	var routes []netlink.Route
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		// Every table: a rule may lead to one, and Detach must bring it back.
+		all, err := netns.Dump(func() ([]netlink.Route, error) {
+			return h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		})
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+			return nic.Snapshot{}, fmt.Errorf("observe namespace: list routes: %w", err)
+		}
+		routes = append(routes, all...)
+	}
+	return snapshot(ns, links, addrs, routes)
+}
+
+func snapshot(ns *netns.NS, links []netlink.Link, addrs []netlink.Addr, routes []netlink.Route) (nic.Snapshot, error) {
+	slices.SortFunc(links, func(a, b netlink.Link) int { return cmp.Compare(a.Attrs().Index, b.Attrs().Index) })
+	names := map[int]string{}
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	var s nic.Snapshot
+	for _, l := range links {
+		a := l.Attrs()
+		if a.RawFlags&unix.IFF_LOOPBACK != 0 {
+			continue
+		}
+		link := nic.Link{
+			Name: a.Name, Index: a.Index, Kind: kind(l), MTU: a.MTU, Up: a.RawFlags&unix.IFF_UP != 0,
+			Master: names[a.MasterIndex], ParentBus: a.ParentDevBus, ParentDev: a.ParentDev,
+		}
+		if len(a.HardwareAddr) == len(link.MAC) {
+			link.MAC = nic.MAC(a.HardwareAddr)
+		}
+		for _, ad := range addrs {
+			if ad.LinkIndex == a.Index {
+				link.Addrs = append(link.Addrs, address(ad))
+			}
+		}
+		for _, r := range routes {
+			if kr, ok := route(r, a.Index); ok {
+				link.Routes = append(link.Routes, kr)
+			}
+		}
+		s.Links = append(s.Links, link)
+	}
+	return s, ns.Do(func() error {
+		for i := range s.Links {
+			for path := range linkSysctls(s.Links[i].Name) {
+				if v, err := readSysctl(path); err == nil {
+					if s.Links[i].Sysctls == nil {
+						s.Links[i].Sysctls = map[string]string{}
+					}
+					s.Links[i].Sysctls[path] = v
+				}
+			}
+		}
+		return nil
+	})
+}
+
+// passing are address flags that come and go by themselves.
+const passing = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_OPTIMISTIC
+
+func address(a netlink.Addr) nic.Addr {
+	out := nic.Addr{
+		Prefix: prefix(a.IPNet), Label: a.Label, Scope: a.Scope,
+		// Secondary (the same bit as temporary, which is IPv6's) follows from the order of adding.
+		Flags: a.Flags &^ (passing | unix.IFA_F_SECONDARY),
+	}
+	if a.Peer != nil {
+		if p := prefix(a.Peer); p != out.Prefix {
+			out.Peer = p
+		}
+	}
+	if b, ok := netip.AddrFromSlice(a.Broadcast); ok {
+		out.Broadcast = b.Unmap()
+	}
+	const forever = 1<<32 - 1 // INFINITY_LIFE_TIME
+	if a.ValidLft != forever {
+		out.ValidLft, out.PrefLft = uint32(a.ValidLft), uint32(a.PreferedLft)
+	}
+	return out
+}
+
+// route gives the part of r that goes out by the link of that index, and false for routes that the kernel keeps by
+// itself: local and broadcast ones and IPv6's multicast ones, all in table local.
+func route(r netlink.Route, index int) (nic.KernelRoute, bool) {
+	if r.Table == unix.RT_TABLE_LOCAL || r.Type != unix.RTN_UNICAST {
+		return nic.KernelRoute{}, false
+	}
+	out := nic.KernelRoute{
+		Table: r.Table, Protocol: int(r.Protocol), Scope: int(r.Scope), Type: r.Type,
+		Flags: r.Flags & unix.RTNH_F_ONLINK, Metric: r.Priority, MTU: r.MTU, AdvMSS: r.AdvMSS,
+	}
+	switch {
+	case r.Dst != nil:
+		out.Dst = prefix(r.Dst)
+	case r.Family == netlink.FAMILY_V6:
+		out.Dst = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+	default:
+		out.Dst = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	}
+	if src, ok := netip.AddrFromSlice(r.Src); ok {
+		out.Src = src.Unmap()
+	}
+	gw, ok := r.Gw, r.LinkIndex == index
+	for _, hop := range r.MultiPath {
+		if hop.LinkIndex == index {
+			gw, ok = hop.Gw, true
+		}
+	}
+	if a, valid := netip.AddrFromSlice(gw); valid {
+		out.Gw = a.Unmap()
+	}
+	return out, ok
+}
+
+func prefix(n *net.IPNet) netip.Prefix {
+	if n == nil {
+		return netip.Prefix{}
+	}
+	a, ok := netip.AddrFromSlice(n.IP)
+	if !ok {
+		return netip.Prefix{}
+	}
+	ones, bits := n.Mask.Size()
+	if bits == 32 {
+		a = a.Unmap()
+	}
+	return netip.PrefixFrom(a, ones)
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// kind gives rtnetlink's IFLA_INFO_KIND; a device without one is "device".
+func kind(l netlink.Link) string {
+	if t := l.Type(); t != "tuntap" { // the library's own word
+		return t
+	}
+	return "tun"
+}

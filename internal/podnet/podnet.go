@@ -1,0 +1,200 @@
+// Package podnet applies, verifies and undoes the plan of package nic in a pod network namespace.
+//
+// [Observe] looks and changes nothing. [Attach] makes a TAP and a bridge for every NIC that is a veth and joins them:
+//
+//	guest === TAP --- bridge --- veth ~~~ the CNI plugin's network
+//
+// The guest takes over the veth's MAC, addresses and routes, so the veth gives them up; the namespace's own stack keeps
+// no address and stays silent. Small nftables chains at the two ends keep apart what must never meet: the guest's DHCP
+// and the cluster's, and the guest's own frames reflected by a hairpin port. [Detach] puts every link back as Observe
+// saw it.
+//
+// Attach hands a [Record] to its journal before the first change. The same Record undoes a failed Attach, a normal
+// end, and the leavings of a killed process, from any process, any number of times. TAPs are not persistent: they end
+// with the descriptors in the [Port]s, which the caller of Attach owns.
+package podnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/nic"
+)
+
+// Options says what Attach makes beside the links.
+type Options struct {
+	Queues int  // queue pairs of each TAP; 0 stands for 1. More than one sets IFF_MULTI_QUEUE on every descriptor.
+	Vhost  bool // open /dev/vhost-net once for every queue, where the machine has it
+}
+
+// Record is what Detach needs to put a namespace back. It is written before Attach changes anything.
+type Record struct {
+	Snapshot nic.Snapshot      `json:"snapshot"`
+	Joins    []Join            `json:"joins"`
+	Sysctls  map[string]string `json:"sysctls,omitempty"` // of the namespace itself, as they were; by path below /proc/sys/net
+}
+
+// Join names the links of one NIC.
+type Join struct {
+	Link   string  `json:"link"`   // the veth that the plugin made
+	Bridge string  `json:"bridge"` // made by Attach
+	Tap    string  `json:"tap"`    // made by Attach
+	Own    nic.MAC `json:"own"`    // what the veth carries while the guest has its MAC
+}
+
+// Port is one NIC, ready for a guest. The caller owns the files: they go to QEMU, and the TAP ends when the last
+// copy is closed.
+type Port struct {
+	NIC   nic.NIC
+	Join  Join
+	Taps  []*os.File // one for each queue, IFF_VNET_HDR set
+	Vhost []*os.File // as many as Taps, or none
+
+	ns       *netns.NS
+	tapIndex int
+}
+
+// Close closes the descriptors of p. The TAP goes when QEMU's copies are closed too.
+func (p *Port) Close() error {
+	var errs []error
+	for _, f := range append(p.Taps, p.Vhost...) {
+		errs = append(errs, f.Close())
+	}
+	p.Taps, p.Vhost = nil, nil
+	return errors.Join(errs...)
+}
+
+// Attach gives the NICs to a guest: for every one a TAP and a bridge, filters, and a silent veth. journal is called once,
+// before the first change, with all that Detach needs; its error stops Attach. When Attach fails it has called Detach.
+//
+// snap is what Observe saw and nics what [nic.Plan] made of it; ns stays the caller's and must stay open as long as
+// the ports are used.
+func Attach(ctx context.Context, ns *netns.NS, snap nic.Snapshot, nics []nic.NIC, o Options, journal func(Record) error) ([]*Port, error) {
+	if o.Queues < 1 {
+		o.Queues = 1
+	}
+	rec, err := plan(ns, snap, nics)
+	if err != nil {
+		return nil, err
+	}
+	if err := journal(rec); err != nil {
+		return nil, fmt.Errorf("record the network before changing it: %w", err)
+	}
+	k, err := open(ns)
+	if err != nil {
+		return nil, err
+	}
+	defer k.close()
+	ports := make([]*Port, 0, len(nics))
+	err = ns.Do(func() error {
+		for i, n := range nics {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			p, err := k.join(rec.Joins[i], n, snap.Link(n.Name), o)
+			if p != nil {
+				p.ns = ns
+				ports = append(ports, p)
+			}
+			if err != nil {
+				return fmt.Errorf("attach %s: %w", n.Name, err)
+			}
+		}
+		return k.filter(rec.Joins, nics)
+	})
+	if err == nil {
+		return ports, nil
+	}
+	for _, p := range ports {
+		p.Close()
+	}
+	return nil, errors.Join(err, Detach(ns, rec))
+}
+
+// plan decides names and reads what Attach is about to change. It changes nothing.
+func plan(ns *netns.NS, snap nic.Snapshot, nics []nic.NIC) (Record, error) {
+	rec := Record{Snapshot: snap, Sysctls: map[string]string{}}
+	for i, n := range nics {
+		if n.VF != nil {
+			return Record{}, fmt.Errorf("attach %s: SR-IOV function %s: passthrough is not served yet; leave its network out", n.Name, n.VF.BDF)
+		}
+		if snap.Link(n.Name) == nil {
+			return Record{}, fmt.Errorf("attach %s: no such link in the namespace", n.Name)
+		}
+		j := Join{Link: n.Name, Bridge: fmt.Sprintf("%s%d", bridgePrefix, i), Tap: fmt.Sprintf("%s%d", tapPrefix, i), Own: ownMAC(n.MAC)}
+		for _, name := range []string{j.Bridge, j.Tap} {
+			if snap.Link(name) != nil {
+				return Record{}, fmt.Errorf("attach %s: link %s is in the namespace already: another VM uses it, or a killed one left it; `virtlet gc` cleans up after killed ones", n.Name, name)
+			}
+		}
+		rec.Joins = append(rec.Joins, j)
+	}
+	return rec, ns.Do(func() error {
+		for path := range nsSysctls {
+			if v, err := readSysctl(path); err == nil {
+				rec.Sysctls[path] = v
+			}
+		}
+		return nil
+	})
+}
+
+const (
+	bridgePrefix = "vltbr"
+	tapPrefix    = "vlttap"
+)
+
+// ownMAC gives the address that a veth carries while the guest has its own: a locally administered unicast one
+// (IEEE 802, clause 8) whose first byte never equals the guest's, so that the two are told apart and still look alike.
+func ownMAC(guest nic.MAC) nic.MAC {
+	const group, local, other = 0x01, 0x02, 0x40
+	own := guest
+	own[0] = (guest[0]&^group | local) ^ other
+	return own
+}
+
+// nsSysctls are settings of the namespace that Attach changes: with br_netfilter in the kernel, bridged frames of the
+// guest would go through the namespace's iptables and conntrack, which drop IPv6 neighbour discovery at times.
+var nsSysctls = map[string]string{
+	"bridge/bridge-nf-call-iptables":  "0",
+	"bridge/bridge-nf-call-ip6tables": "0",
+	"bridge/bridge-nf-call-arptables": "0",
+}
+
+// linkSysctls are settings of a link that keep the namespace's own stack silent on it. The value of arp_ignore is from
+// Documentation/networking/ip-sysctl: 8 answers for no local address.
+func linkSysctls(link string) map[string]string {
+	return map[string]string{
+		"ipv6/conf/" + link + "/disable_ipv6": "1",
+		"ipv4/conf/" + link + "/arp_ignore":   "8",
+	}
+}
+
+const sysctlRoot = "/proc/sys/net/" // resolved in the network namespace of the reading thread
+
+func readSysctl(path string) (string, error) {
+	b, err := os.ReadFile(sysctlRoot + path)
+	return strings.TrimSpace(string(b)), err
+}
+
+// writeSysctl sets one value; a kernel without the setting has nothing to be silenced.
+func writeSysctl(path, value string) error {
+	fd, err := unix.Open(sysctlRoot+path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("open sysctl net/%s: %w", path, err)
+	}
+	defer unix.Close(fd)
+	if _, err := unix.Write(fd, []byte(value)); err != nil {
+		return fmt.Errorf("set sysctl net/%s to %s: %w", path, value, err)
+	}
+	return nil
+}
