@@ -1,0 +1,283 @@
+package dhcp
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/gopacket/gopacket"
+	"github.com/gopacket/gopacket/layers"
+	"github.com/insomniacslk/dhcp/dhcpv4"
+
+	"github.com/virtlet/virtlet/internal/nic"
+)
+
+var guestIP, gatewayIP = net.IPv4(198, 51, 100, 2), net.IPv4(198, 51, 100, 1)
+
+// datagram makes a client's frame with the encoders of gopacket, which are not ours.
+func datagram(t testing.TB, src, dst net.IP, payload []byte) []byte {
+	t.Helper()
+	ip := &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolUDP, SrcIP: src, DstIP: dst}
+	udp := &layers.UDP{SrcPort: clientPort, DstPort: serverPort}
+	if err := udp.SetNetworkLayerForChecksum(ip); err != nil {
+		t.Fatal(err)
+	}
+	return serialize(t, &layers.Ethernet{SrcMAC: mac.HardwareAddr(), DstMAC: layers.EthernetBroadcast, EthernetType: layers.EthernetTypeIPv4}, ip, udp, gopacket.Payload(payload))
+}
+
+func serialize(t testing.TB, l ...gopacket.SerializableLayer) []byte {
+	t.Helper()
+	buf := gopacket.NewSerializeBuffer()
+	if err := gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, l...); err != nil {
+		t.Fatal(err)
+	}
+	return buf.Bytes()
+}
+
+func broadcast(t testing.TB, m *dhcpv4.DHCPv4) []byte {
+	t.Helper()
+	return datagram(t, net.IPv4zero, net.IPv4bcast, m.ToBytes())
+}
+
+func arpFor(t testing.TB, sender nic.MAC, target net.IP) []byte {
+	t.Helper()
+	return serialize(t,
+		&layers.Ethernet{SrcMAC: sender.HardwareAddr(), DstMAC: layers.EthernetBroadcast, EthernetType: layers.EthernetTypeARP},
+		&layers.ARP{
+			AddrType: layers.LinkTypeEthernet, Protocol: layers.EthernetTypeIPv4, HwAddressSize: 6, ProtAddressSize: 4, Operation: layers.ARPRequest,
+			SourceHwAddress: sender.HardwareAddr(), SourceProtAddress: guestIP.To4(), DstHwAddress: make([]byte, 6), DstProtAddress: target.To4(),
+		})
+}
+
+// decode takes a reply apart, and checks every length and checksum, with gopacket and the library.
+func decode(t testing.TB, frame []byte) (*layers.Ethernet, *layers.IPv4, *dhcpv4.DHCPv4) {
+	t.Helper()
+	p := gopacket.NewPacket(frame, layers.LayerTypeEthernet, gopacket.Default)
+	if e := p.ErrorLayer(); e != nil {
+		t.Fatalf("%v\n%s", e.Error(), hex.Dump(frame))
+	}
+	eth, _ := p.Layer(layers.LayerTypeEthernet).(*layers.Ethernet)
+	ip, _ := p.Layer(layers.LayerTypeIPv4).(*layers.IPv4)
+	udp, _ := p.Layer(layers.LayerTypeUDP).(*layers.UDP)
+	if _, ok := p.Layer(layers.LayerTypeDHCPv4).(*layers.DHCPv4); !ok || udp == nil {
+		t.Fatalf("no DHCP: %s", p)
+	}
+	if err := udp.SetNetworkLayerForChecksum(ip); err != nil {
+		t.Fatal(err)
+	}
+	if err, bad := p.VerifyChecksums(); err != nil || len(bad) > 0 {
+		t.Fatalf("checksums: %v %v\n%s", err, bad, hex.Dump(frame))
+	}
+	if udp.SrcPort != serverPort || udp.DstPort != clientPort || udp.Checksum == 0 || ip.TTL != 64 || len(frame) != etherHdrLen+int(ip.Length) {
+		t.Errorf("odd headers: %s", p)
+	}
+	if len(udp.Payload) < minBOOTP {
+		t.Errorf("message of %d bytes", len(udp.Payload))
+	}
+	m, err := dhcpv4.FromBytes(udp.Payload)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return eth, ip, m
+}
+
+// Where a reply goes (RFC 2131, section 4.1), and that it says on the wire what Reply said.
+func TestAppendFrame(t *testing.T) {
+	none := opt{optRequestList, "\xfe"}
+	set := (*dhcpv4.DHCPv4).SetBroadcast
+	cases := []struct {
+		name  string
+		lease Lease
+		req   *dhcpv4.DHCPv4
+		mac   nic.MAC
+		ip    string
+	}{
+		{"offer", full(), request(dhcpv4.MessageTypeDiscover), mac, "198.51.100.2"},
+		{"offer, short", full(), request(dhcpv4.MessageTypeDiscover, none), mac, "198.51.100.2"},
+		{"offer, broadcast", full(), with(request(dhcpv4.MessageTypeDiscover), set), broadcastMAC, "255.255.255.255"},
+		{"ack", full(), request(dhcpv4.MessageTypeRequest, opt{optRequestedIP, ip("198.51.100.2")}), mac, "198.51.100.2"},
+		{"ack to ciaddr", full(), with(request(dhcpv4.MessageTypeRequest), ciaddr("198.51.100.2")), mac, "198.51.100.2"},
+		{"ack to ciaddr beats the flag", full(), with(with(request(dhcpv4.MessageTypeRequest), ciaddr("198.51.100.2")), set), mac, "198.51.100.2"},
+		{"nak", full(), request(dhcpv4.MessageTypeRequest, opt{optRequestedIP, ip("10.0.0.1")}), broadcastMAC, "255.255.255.255"},
+		{"nak to ciaddr", full(), with(request(dhcpv4.MessageTypeRequest), ciaddr("10.0.0.1")), broadcastMAC, "255.255.255.255"},
+		{"inform", full(), with(request(dhcpv4.MessageTypeInform), ciaddr("10.0.0.1")), mac, "10.0.0.1"},
+		{"inform without address", full(), request(dhcpv4.MessageTypeInform), broadcastMAC, "255.255.255.255"},
+		{"split option", big(1024), request(dhcpv4.MessageTypeDiscover, opt{optMaxSize, "\xff\xff"}), mac, "198.51.100.2"},
+		{"odd length", full(), request(dhcpv4.MessageTypeDiscover, opt{optMaxSize, "\xff\xff"}, opt{optClientID, strings.Repeat("x", 151)}), mac, "198.51.100.2"},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			want := c.lease.Reply(c.req)
+			eth, ip, got := decode(t, c.lease.appendFrame(nil, want, requestList(c.req)))
+			if eth.DstMAC.String() != c.mac.String() || ip.DstIP.String() != c.ip {
+				t.Errorf("goes to %s, %s, want %s, %s", eth.DstMAC, ip.DstIP, c.mac, c.ip)
+			}
+			if own := c.lease.serverMAC(); eth.SrcMAC.String() != own.String() || ip.SrcIP.String() != c.lease.Server.String() {
+				t.Errorf("comes from %s, %s", eth.SrcMAC, ip.SrcIP)
+			}
+			if describe(got) != describe(want) || got.TransactionID != c.req.TransactionID {
+				t.Errorf("on the wire:\n%s\nwant\n%s", describe(got), describe(want))
+			}
+		})
+	}
+}
+
+// Essential options come first, then what the client asked for in its order; long ones in adjoining pieces (RFC 3396).
+func TestOptionOrder(t *testing.T) {
+	l := big(600)
+	req := request(dhcpv4.MessageTypeDiscover, opt{optRequestList, "\x79\x06\x1a\x03\x06\x01"}, opt{optMaxSize, "\xff\xff"}, opt{optClientID, "me"})
+	b := appendMessage(nil, l.Reply(req), requestList(req))[headerLen+cookieLen:]
+	var got []string
+	for b[0] != optEnd {
+		got = append(got, fmt.Sprintf("%d:%d", b[0], b[1]))
+		b = b[2+int(b[1]):]
+	}
+	want := []string{"53:1", "54:4", "51:4", "58:4", "59:4", "1:4", "121:255", "121:255", "121:90", "6:8", "26:2", "3:4", "61:2"}
+	if !slices.Equal(got, want) {
+		t.Errorf("%v\nwant %v", got, want)
+	}
+	if len(bytes.Trim(b[1:], "\x00")) > 0 {
+		t.Errorf("after the end: %x", b)
+	}
+}
+
+// What is not a whole datagram to port 67 is not read as one.
+func TestMessage(t *testing.T) {
+	payload := request(dhcpv4.MessageTypeDiscover).ToBytes()
+	whole := datagram(t, net.IPv4zero, net.IPv4bcast, payload)
+	edit := func(change func(b []byte)) []byte {
+		b := slices.Clone(whole)
+		change(b)
+		return b
+	}
+	be := binary.BigEndian
+	options := serialize(t, &layers.Ethernet{SrcMAC: mac.HardwareAddr(), DstMAC: layers.EthernetBroadcast, EthernetType: layers.EthernetTypeIPv4},
+		&layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolUDP, SrcIP: guestIP, DstIP: gatewayIP, Options: []layers.IPv4Option{{OptionType: 148, OptionLength: 4, OptionData: []byte{0, 0}}}},
+		gopacket.Payload(whole[etherHdrLen+ipHeaderLen:]))
+	cases := []struct {
+		name  string
+		frame []byte
+		ok    bool
+	}{
+		{"whole", whole, true},
+		{"padded", append(slices.Clone(whole), make([]byte, 40)...), true},
+		{"with IP options", options, true},
+		{"bad UDP checksum, as a virtio NIC leaves it", edit(func(b []byte) { be.PutUint16(b[40:], 0xbeef) }), true},
+		{"don't fragment", edit(func(b []byte) { be.PutUint16(b[20:], 0x4000) }), true},
+		{"first fragment", edit(func(b []byte) { be.PutUint16(b[20:], 0x2000) }), false},
+		{"later fragment", edit(func(b []byte) { be.PutUint16(b[20:], 0x0010) }), false},
+		{"IPv6", edit(func(b []byte) { be.PutUint16(b[12:], 0x86dd) }), false},
+		{"tagged", edit(func(b []byte) { be.PutUint16(b[12:], 0x8100) }), false},
+		{"IP version 6", edit(func(b []byte) { b[14] = 0x65 }), false},
+		{"IP header of four words", edit(func(b []byte) { b[14] = 0x44 }), false},
+		{"IP header longer than the datagram", edit(func(b []byte) { b[14] = 0x4f; be.PutUint16(b[16:], 64) }), false},
+		{"IP longer than the frame", edit(func(b []byte) { be.PutUint16(b[16:], uint16(len(whole))) }), false},
+		{"IP shorter than its headers", edit(func(b []byte) { be.PutUint16(b[16:], 27) }), false},
+		{"TCP", edit(func(b []byte) { b[23] = 6 }), false},
+		{"another port", edit(func(b []byte) { be.PutUint16(b[36:], 68) }), false},
+		{"UDP longer than the datagram", edit(func(b []byte) { be.PutUint16(b[38:], uint16(len(whole)-33)) }), false},
+		{"UDP shorter than its header", edit(func(b []byte) { be.PutUint16(b[38:], 7) }), false},
+		{"empty", nil, false},
+	}
+	for _, c := range cases {
+		got, ok := message(c.frame)
+		if ok != c.ok || ok && !bytes.Equal(got, payload) {
+			t.Errorf("%s: %v, %d bytes", c.name, ok, len(got))
+		}
+	}
+	for i := range whole {
+		if _, ok := message(whole[:i]); ok {
+			t.Fatalf("the first %d bytes of %d pass for a message", i, len(whole))
+		}
+	}
+}
+
+func TestAnswerARP(t *testing.T) {
+	local := full()
+	local.Server = linkLocalServer
+	target := net.IP(linkLocalServer.AsSlice())
+	frame, ok := local.answerARP(nil, arpFor(t, mac, target))
+	if !ok {
+		t.Fatal("no answer")
+	}
+	p := gopacket.NewPacket(frame, layers.LayerTypeEthernet, gopacket.Default)
+	arp, _ := p.Layer(layers.LayerTypeARP).(*layers.ARP)
+	eth, _ := p.Layer(layers.LayerTypeEthernet).(*layers.Ethernet)
+	if arp == nil || arp.Operation != layers.ARPReply || !net.IP(arp.SourceProtAddress).Equal(target) || !net.IP(arp.DstProtAddress).Equal(guestIP) ||
+		!bytes.Equal(arp.SourceHwAddress, eth.SrcMAC) || !bytes.Equal(arp.DstHwAddress, mac[:]) || !bytes.Equal(eth.DstMAC, mac[:]) {
+		t.Errorf("answer: %s", p)
+	}
+	if own := local.serverMAC(); !bytes.Equal(eth.SrcMAC, own[:]) || own == mac || own[0]&3 != 2 {
+		t.Errorf("answer from %s", eth.SrcMAC)
+	}
+
+	reply := arpFor(t, mac, target)
+	reply[21] = arpReply
+	for name, c := range map[string]struct {
+		lease Lease
+		frame []byte
+	}{
+		"the gateway answers for itself": {full(), arpFor(t, mac, gatewayIP)},
+		"the guest's own address":        {local, arpFor(t, mac, guestIP)},
+		"another asker":                  {local, arpFor(t, nic.MAC{2, 0, 0, 0, 0, 1}, target)},
+		"an answer":                      {local, reply},
+		"short":                          {local, arpFor(t, mac, target)[:41]},
+		"no ARP":                         {local, broadcast(t, request(dhcpv4.MessageTypeDiscover))},
+	} {
+		if frame, ok := c.lease.answerARP(nil, c.frame); ok || frame != nil {
+			t.Errorf("%s: answered", name)
+		}
+	}
+}
+
+// Any bytes from a guest are answered properly or not at all, whatever the library makes of them.
+func FuzzReply(f *testing.F) {
+	for _, m := range []*dhcpv4.DHCPv4{
+		request(dhcpv4.MessageTypeDiscover),
+		request(dhcpv4.MessageTypeDiscover, opt{optRequestList, "\x01\x03\x79\xf9\x77\x0f"}, opt{optMaxSize, "\x02\x40"}, opt{optClientID, "\x01abc"}),
+		request(dhcpv4.MessageTypeRequest, opt{optRequestedIP, ip("198.51.100.2")}, opt{optServerID, ip("198.51.100.1")}),
+		with(request(dhcpv4.MessageTypeRequest), ciaddr("198.51.100.7")),
+		with(request(dhcpv4.MessageTypeInform), ciaddr("198.51.100.2")),
+		request(dhcpv4.MessageTypeDecline),
+	} {
+		f.Add(broadcast(f, m))
+	}
+	f.Add(arpFor(f, mac, linkLocalServer.AsSlice()))
+	served := []Lease{full(), big(400), full()}
+	served[2].Server = linkLocalServer
+	f.Fuzz(func(t *testing.T, frame []byte) {
+		for i := range served {
+			s := Server{Lease: served[i]}
+			out, _ := s.handle(nil, frame)
+			if out == nil {
+				continue
+			}
+			if binary.BigEndian.Uint16(out[12:]) == etherTypeARP {
+				continue
+			}
+			if len(out)-etherHdrLen > s.Lease.MTU {
+				t.Fatalf("frame of %d bytes", len(out))
+			}
+			msg, ok := message(frame)
+			if !ok {
+				t.Fatal("answered what is no message")
+			}
+			req, err := dhcpv4.FromBytes(msg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _, resp := decode(t, out)
+			if resp.TransactionID != req.TransactionID || !bytes.Equal(resp.ClientHWAddr, mac[:]) || resp.OpCode != dhcpv4.OpcodeBootReply {
+				t.Fatalf("%s answers %s", resp.Summary(), req.Summary())
+			}
+			if y := addr(resp.YourIPAddr); !y.IsUnspecified() && y != s.Lease.Addr.Addr() {
+				t.Fatalf("gives %s", y)
+			}
+		}
+	})
+}

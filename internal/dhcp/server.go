@@ -1,0 +1,167 @@
+package dhcp
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/insomniacslk/dhcp/dhcpv4"
+)
+
+// Server answers one NIC's guest. It is used once: Run closes Conn.
+type Server struct {
+	Lease Lease
+
+	// Conn is an AF_PACKET socket on the guest's TAP, with [Filter] on it: whole Ethernet frames in and out. A reply is
+	// written to the address that its request came from, so any kind of address will do.
+	Conn net.PacketConn
+
+	Log *slog.Logger // nil: silent
+
+	mu    sync.Mutex
+	stats Stats
+}
+
+// Stats counts what a Server has heard and said.
+type Stats struct {
+	// Messages with the guest's MAC.
+	Discovers uint64 `json:"discovers"`
+	Requests  uint64 `json:"requests"`
+	Informs   uint64 `json:"informs"`
+	Declines  uint64 `json:"declines"`
+	Releases  uint64 `json:"releases"`
+
+	// Replies that were sent.
+	Offers uint64 `json:"offers"`
+	Acks   uint64 `json:"acks"`
+	Naks   uint64 `json:"naks"`
+	ARPs   uint64 `json:"arps"` // for the server identifier
+
+	Ignored   uint64 `json:"ignored"`   // messages without an answer, DECLINE and RELEASE apart: another MAC, another server ...
+	Malformed uint64 `json:"malformed"` // frames that hold no DHCP message
+	Unsent    uint64 `json:"unsent"`    // replies that the socket did not take
+}
+
+// Stats gives the counters as they are. It may be called at any time.
+func (s *Server) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stats
+}
+
+// etherMTU is the least that the read buffer is made for. A frame that does not fit is cut, and so found malformed.
+const etherMTU = 1500
+
+// Run answers until ctx ends (then nil), or the socket breaks or the lease cannot be served (an error). It closes Conn
+// in any case. The socket was opened before, so nothing is lost between start and the first read.
+func (s *Server) Run(ctx context.Context) error {
+	defer s.Conn.Close()
+	if err := s.Lease.check(); err != nil {
+		return fmt.Errorf("serve DHCP: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = s.Conn.SetDeadline(time.Unix(1, 0)) }) // long ago: wakes the read
+	defer stop()
+	in := make([]byte, etherHdrLen+max(s.Lease.MTU, etherMTU))
+	var out []byte
+	for {
+		n, from, err := s.Conn.ReadFrom(in)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("serve DHCP to %s: read from its TAP: %w (was the TAP removed or set down?)", s.Lease.MAC, err)
+		}
+		frame, sent := s.handle(out[:0], in[:n])
+		if frame == nil {
+			continue
+		}
+		out = frame
+		if _, err := s.Conn.WriteTo(frame, from); err != nil {
+			// A full TAP loses a reply as a wire does; the client asks again. What lasts ends the next read.
+			s.report(slog.LevelWarn, s.count(&s.stats.Unsent), "reply is lost", "err", err)
+			continue
+		}
+		s.count(sent)
+	}
+}
+
+// handle gives the frame that answers one from the guest, in b's memory where it fits, and the counter to raise when it
+// is sent; or nil.
+func (s *Server) handle(b, frame []byte) ([]byte, *uint64) {
+	if arp, ok := s.Lease.answerARP(b, frame); ok {
+		return arp, &s.stats.ARPs
+	}
+	req, err := parse(frame)
+	if err != nil {
+		s.report(slog.LevelDebug, s.count(&s.stats.Malformed), "frame is no DHCP message", "err", err)
+		return nil, nil
+	}
+	resp, why := s.Lease.answer(req)
+	s.heard(req, why)
+	if resp == nil {
+		return nil, nil
+	}
+	sent := &s.stats.Acks
+	switch resp.MessageType() {
+	case dhcpv4.MessageTypeOffer:
+		sent = &s.stats.Offers
+	case dhcpv4.MessageTypeNak:
+		sent = &s.stats.Naks
+		s.report(slog.LevelWarn, s.Stats().Naks+1, "guest asked for an address that is not its own", "ciaddr", addr(req.ClientIPAddr),
+			"requested", addr(req.Options[optRequestedIP]), "addr", s.Lease.Addr)
+	case dhcpv4.MessageTypeAck:
+		s.report(slog.LevelInfo, s.Stats().Acks+1, "guest is configured", "addr", s.Lease.Addr, "inform", resp.Options[optLeaseTime] == nil)
+	}
+	return s.Lease.appendFrame(b, resp, requestList(req)), sent
+}
+
+// parse gives the DHCP message of a frame.
+func parse(frame []byte) (*dhcpv4.DHCPv4, error) {
+	msg, ok := message(frame)
+	if !ok {
+		return nil, fmt.Errorf("frame of %d bytes is no UDP datagram to port %d", len(frame), serverPort)
+	}
+	return dhcpv4.FromBytes(msg)
+}
+
+// heard counts a message, and the silence after it.
+func (s *Server) heard(req *dhcpv4.DHCPv4, why silence) {
+	switch why {
+	case notRequest, notEthernet, otherMAC, relayed, unknownType:
+	default:
+		switch req.MessageType() {
+		case dhcpv4.MessageTypeDiscover:
+			s.count(&s.stats.Discovers)
+		case dhcpv4.MessageTypeRequest:
+			s.count(&s.stats.Requests)
+		case dhcpv4.MessageTypeInform:
+			s.count(&s.stats.Informs)
+		case dhcpv4.MessageTypeDecline:
+			s.report(slog.LevelWarn, s.count(&s.stats.Declines), "guest declined its address: it found another host that answers for it",
+				"addr", s.Lease.Addr)
+		case dhcpv4.MessageTypeRelease:
+			s.count(&s.stats.Releases)
+		}
+	}
+	if why != "" && why != nothingToDo {
+		s.report(slog.LevelDebug, s.count(&s.stats.Ignored), "message is ignored", "why", string(why), "type", req.MessageType())
+	}
+}
+
+// count raises one of s.stats and gives its new value.
+func (s *Server) count(c *uint64) uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	*c++
+	return *c
+}
+
+// report logs the first event of a kind, the second, the fourth and so on, as a guest may cause any number of them.
+func (s *Server) report(level slog.Level, n uint64, msg string, args ...any) {
+	if s.Log != nil && n&(n-1) == 0 {
+		s.Log.Log(context.Background(), level, msg, append(args, "times", n)...)
+	}
+}
