@@ -1,0 +1,146 @@
+package cloudinit
+
+import (
+	"encoding/binary"
+	"fmt"
+	"maps"
+	"slices"
+)
+
+// The volume is written here and not by a library, as the ones at hand keep the files, which may hold secrets, in a
+// temporary directory meanwhile, put the clock into the image, and leave out the path tables, which Windows reads.
+//
+// Section numbers are those of ECMA-119, 2nd edition, the free text of ISO 9660.
+
+// volumeLabel is what cloud-init finds the volume by.
+const volumeLabel = "cidata"
+
+const sectorSize = 2048 // 6.1.2
+
+// Layout of the volume in sectors. The system area before it is empty (6.2.1); the files follow the root directory.
+const (
+	sectorDescriptor = 16 + iota // primary volume descriptor
+	sectorTerminator
+	sectorPathsLE // path table with little-endian numbers, and then big-endian
+	sectorPathsBE
+	sectorRoot
+
+	sectorFiles = 24 // and not at once: libarchive (bsdtar) knows no volume that has fewer sectors
+)
+
+// Numbers of the format.
+const (
+	typePrimary    = 1   // 8.4.1
+	typeTerminator = 255 // 8.3.1
+	flagDirectory  = 2   // 9.1.6
+
+	selfID   = "\x00" // 6.8.2.2: how a directory names itself and its parent
+	parentID = "\x01"
+
+	// A file's name ends in a dot and a version (7.5.1), which no system shows. The name itself is lower-case and has a
+	// dash: not the letters that 7.4.1 asks for, but those which Linux, BSD and Windows then show, without an extension
+	// (Rock Ridge, Joliet) in the volume.
+	version = ".;1"
+
+	// timeUnset in a volume descriptor stands for "not specified" (8.4.26.1).
+	timeUnset = "0000000000000000\x00"
+)
+
+// timeZero is the start of 1970 in a directory record (9.1.5): years since 1900, month, day, time, time zone.
+var timeZero = []byte{70, 1, 1, 0, 0, 0, 0}
+
+// volume gives the ISO 9660 volume with the files in its root.
+func volume(files map[string][]byte) ([]byte, error) {
+	root := slices.Concat(record(selfID, sectorRoot, sectorSize, flagDirectory), record(parentID, sectorRoot, sectorSize, flagDirectory))
+	var data []byte
+	for _, name := range slices.Sorted(maps.Keys(files)) { // 9.3: records are in the order of their names
+		at := sectorFiles + len(data)/sectorSize
+		root = append(root, record(name+version, at, len(files[name]), 0)...)
+		data = append(data, pad(files[name])...)
+	}
+	if len(root) > sectorSize {
+		return nil, fmt.Errorf("write ISO image: %d files are too many", len(files))
+	}
+	sectors := [][]byte{
+		make([]byte, sectorDescriptor*sectorSize),
+		pad(primary(sectorFiles + len(data)/sectorSize)),
+		pad(descriptor(typeTerminator)),
+		pad(pathTable(binary.LittleEndian)),
+		pad(pathTable(binary.BigEndian)),
+		pad(root),
+		make([]byte, (sectorFiles-sectorRoot-1)*sectorSize),
+		data,
+	}
+	return slices.Concat(sectors...), nil
+}
+
+// descriptor gives the start that all volume descriptors share (8.1).
+func descriptor(kind byte) []byte { return append([]byte{kind}, "CD001\x01"...) }
+
+// primary gives the primary volume descriptor (8.4) of a volume of so many sectors.
+func primary(sectors int) []byte {
+	paths := pathTable(binary.LittleEndian)
+	b := append(descriptor(typePrimary), 0)
+	b = append(b, text("LINUX", 32)...) // system: it may use the system area, which is empty
+	b = append(b, text(volumeLabel, 32)...)
+	b = append(b, make([]byte, 8)...)
+	b = both32(b, sectors)
+	b = append(b, make([]byte, 32)...)
+	b = both16(b, 1) // volumes in the set
+	b = both16(b, 1) // number of this one
+	b = both16(b, sectorSize)
+	b = both32(b, len(paths))
+	b = binary.LittleEndian.AppendUint32(b, sectorPathsLE)
+	b = binary.LittleEndian.AppendUint32(b, 0) // no second copy
+	b = binary.BigEndian.AppendUint32(b, sectorPathsBE)
+	b = binary.BigEndian.AppendUint32(b, 0)
+	b = append(b, record(selfID, sectorRoot, sectorSize, flagDirectory)...)
+	b = append(b, text("", 4*128+3*37)...) // volume set, publisher, preparer, application; three files with notices
+	for range 4 {                          // created, modified, expires, effective
+		b = append(b, timeUnset...)
+	}
+	return append(b, 1) // version of the file structure; the rest is free for applications
+}
+
+// record gives a directory record (9.1).
+func record(id string, sector, size int, flags byte) []byte {
+	b := []byte{0, 0}
+	b = both32(b, sector)
+	b = both32(b, size)
+	b = append(b, timeZero...)
+	b = append(b, flags, 0, 0) // not interleaved
+	b = both16(b, 1)           // volume in the set
+	b = append(b, byte(len(id)))
+	b = append(b, id...)
+	if len(b)%2 != 0 {
+		b = append(b, 0)
+	}
+	b[0] = byte(len(b))
+	return b
+}
+
+// pathTable gives the path table (6.9, 9.4), which lists the root directory alone: its own parent.
+func pathTable(order binary.AppendByteOrder) []byte {
+	b := []byte{byte(len(selfID)), 0}
+	b = order.AppendUint32(b, sectorRoot)
+	b = order.AppendUint16(b, 1)
+	return append(b, selfID+"\x00"...)
+}
+
+// both32 adds a number in both byte orders (7.3.3).
+func both32(b []byte, n int) []byte {
+	return binary.BigEndian.AppendUint32(binary.LittleEndian.AppendUint32(b, uint32(n)), uint32(n))
+}
+
+// both16 adds a number in both byte orders (7.2.3).
+func both16(b []byte, n int) []byte {
+	return binary.BigEndian.AppendUint16(binary.LittleEndian.AppendUint16(b, uint16(n)), uint16(n))
+}
+
+// text fills a field of n bytes with blanks behind s (7.4.3).
+func text(s string, n int) []byte { return fmt.Appendf(nil, "%-*s", n, s) }
+
+// pad fills the last sector with zeros.
+func pad(b []byte) []byte {
+	return append(b[:len(b):len(b)], make([]byte, (sectorSize-len(b)%sectorSize)%sectorSize)...)
+}
