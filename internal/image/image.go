@@ -30,12 +30,13 @@ const (
 	QCOW2 Format = "qcow2"
 )
 
-// Info is what the header says. VirtualSize, the size of the guest's disk, and FileSize are in bytes.
+// Info is what the header says, and the file. VirtualSize, the size of the guest's disk, and FileSize are in bytes.
 type Info struct {
 	Path        string
 	Format      Format
 	VirtualSize int64
 	FileSize    int64
+	Device      bool // a block device, not a file
 }
 
 // Errors of Open, for errors.Is.
@@ -75,7 +76,7 @@ func Open(path string, write bool, want Format) (*os.File, Info, error) {
 }
 
 func inspect(f *os.File, st unix.Stat_t, want Format) (Info, error) {
-	info := Info{FileSize: st.Size}
+	info := Info{FileSize: st.Size, Device: st.Mode&unix.S_IFMT == unix.S_IFBLK}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 	case unix.S_IFBLK:

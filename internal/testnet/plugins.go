@@ -17,6 +17,7 @@ import (
 // one in the user's cache that is built once.
 func Plugins(t testing.TB) string {
 	t.Helper()
+	NeedRoot(t)
 	dir, err := plugins()
 	if err != nil {
 		t.Fatal(err)

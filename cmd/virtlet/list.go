@@ -1,0 +1,186 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/virtlet/virtlet/internal/vm"
+)
+
+func (a *app) psCmd() *cobra.Command {
+	var quiet bool
+	cmd := a.withJSON(&cobra.Command{
+		Use: "ps", Short: "List VMs", Aliases: []string{"list", "ls"}, Args: args(cobra.NoArgs),
+		Long: `Lists VMs. States:
+  starting, running, stopped
+  dead      its supervisor was killed; virtlet gc cleans up`,
+		Example: "  virtlet ps\n  virtlet ps -q | xargs virtlet stop",
+		RunE: func(*cobra.Command, []string) error {
+			all, err := a.store.List()
+			switch {
+			case a.json:
+				if perr := a.printJSON(all); perr != nil {
+					return perr
+				}
+			case quiet:
+				for _, st := range all {
+					fmt.Fprintln(a.out, st.Config.Name)
+				}
+			default:
+				if perr := printTable(a.out, all); perr != nil {
+					return perr
+				}
+			}
+			return err
+		},
+	})
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "names only")
+	return cmd
+}
+
+func printTable(out io.Writer, all []vm.State) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "NAME\tSTATE\tIPS\tUPTIME\tNETWORK")
+	for _, st := range all {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", st.Config.Name, state(st), or(strings.Join(ips(st), ",")), or(uptime(st)), or(strings.Join(networks(st), ",")))
+	}
+	return w.Flush()
+}
+
+func or(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func state(st vm.State) string {
+	if st.Exit != nil && st.Exit.Reason != vm.Shutdown {
+		return fmt.Sprintf("%s (%s)", st.Status, st.Exit.Reason)
+	}
+	return string(st.Status)
+}
+
+func ips(st vm.State) []string {
+	if st.Status != vm.Running {
+		return nil
+	}
+	var all []string
+	for _, n := range st.NICs {
+		for _, p := range n.Addrs {
+			all = append(all, p.Addr().String())
+		}
+	}
+	return all
+}
+
+func uptime(st vm.State) string {
+	if st.Status != vm.Running {
+		return ""
+	}
+	return time.Since(st.Started).Truncate(time.Second).String()
+}
+
+func networks(st vm.State) []string {
+	var all []string
+	for _, n := range st.Config.Networks {
+		all = append(all, n.Name)
+	}
+	if st.Config.NetNS != "" {
+		all = append(all, st.Config.NetNS)
+	}
+	return all
+}
+
+func (a *app) inspectCmd() *cobra.Command {
+	return a.withJSON(&cobra.Command{
+		Use: "inspect NAME", Short: "Show all that is known of a VM", Args: args(cobra.ExactArgs(1)),
+		ValidArgsFunction: a.vmNames,
+		Long:              "Shows a VM's configuration, what its networks answered, its NICs with TAP and bridge, its leases and QEMU's command line.",
+		Example:           "  virtlet inspect web\n  virtlet inspect --json web | jq .nics",
+		RunE: func(_ *cobra.Command, names []string) error {
+			st, err := a.store.Get(names[0])
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(st)
+			}
+			return printState(a.out, st)
+		},
+	})
+}
+
+func printState(out io.Writer, st vm.State) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	row := func(key, format string, a ...any) { fmt.Fprintf(w, "%s\t%s\n", key, fmt.Sprintf(format, a...)) }
+	c := st.Config
+	row("name", "%s", c.Name)
+	row("state", "%s", state(st))
+	if up := uptime(st); up != "" {
+		row("uptime", "%s", up)
+	}
+	row("created", "%s", st.Created.Format(time.RFC3339))
+	row("size", "%d CPUs, %d MiB", c.CPUs, c.Memory)
+	if c.Image != nil {
+		row("image", "%s", c.Image.Path)
+	}
+	if c.Kernel != "" {
+		row("kernel", "%s", c.Kernel)
+	}
+	row("supervisor", "pid %d", st.Supervisor.PID)
+	if st.QEMU.PID != 0 {
+		row("qemu", "pid %d, %s", st.QEMU.PID, st.Accel)
+	}
+	row("namespace", "%s", st.NetNS)
+	for i, n := range st.NICs {
+		row("nic "+n.Name, "%s mtu %d%s", n.MAC, n.MTU, network(n.Network))
+		for _, p := range n.Addrs {
+			row("", "address %s", p)
+		}
+		for _, r := range n.Routes {
+			if r.OnLink() {
+				row("", "route %s on link", r.Dst)
+			} else {
+				row("", "route %s via %s", r.Dst, r.Gw)
+			}
+		}
+		for _, s := range n.DNS.Servers {
+			row("", "dns %s", s)
+		}
+		if i < len(st.Ports) {
+			p := st.Ports[i]
+			vhost := "no vhost-net"
+			if p.Vhost {
+				vhost = "vhost-net"
+			}
+			row("", "TAP %s, bridge %s, %d queues, %s", p.Tap, p.Bridge, p.Queues, vhost)
+		}
+	}
+	for _, l := range st.Leases {
+		row("lease", "%s to %s for %s, server %s", l.Addr, l.MAC, l.Duration, l.Server)
+	}
+	for _, n := range st.Notes {
+		row("note", "%s", n)
+	}
+	if st.Exit != nil {
+		row("end", "%s %s", st.Exit.Reason, st.Exit.Detail)
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintln(out, st.Command)
+	return err
+}
+
+func network(name string) string {
+	if name == "" {
+		return ""
+	}
+	return " on network " + name
+}

@@ -1,0 +1,158 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/virtlet/virtlet/internal/vm"
+)
+
+// runFlags are the flags of `virtlet run`.
+type runFlags struct {
+	cfg       vm.Config
+	nets      vm.NetworkRequest
+	detach    bool
+	remove    bool
+	memory    string
+	image     string
+	format    string
+	disks     []string
+	publish   []string
+	bandwidth string
+	userData  string
+	sshKeys   []string
+	plugins   []string
+}
+
+func (a *app) runCmd() *cobra.Command {
+	var f runFlags
+	cmd := a.withJSON(&cobra.Command{
+		Use:   "run [flags] [IMAGE]",
+		Short: "Run a VM on CNI networks",
+		Long: `Makes a network namespace, lets CNI plugins configure it, starts a QEMU guest that takes over what they configured, and
+follows its console until it ends. IMAGE is a qcow2 or raw disk image; it is never written. With --kernel it may be
+absent.
+
+Ctrl-C presses the guest's power button; a second Ctrl-C kills it.
+
+` + exitHelp,
+		Example: `  virtlet run --ssh-key ~/.ssh/id_ed25519.pub debian.qcow2
+  virtlet run -d --name web --cpus 2 --memory 2G -p 8080:80 web.qcow2
+  virtlet run --network blue --network red --ip 10.1.0.5/24 router.qcow2
+  virtlet run --kernel vmlinuz --initrd initrd.img --append console=ttyS0
+  virtlet run --netns /run/netns/pod1 disk.raw`,
+		Args:              args(cobra.MaximumNArgs(1)),
+		ValidArgsFunction: cobra.FixedCompletions(nil, cobra.ShellCompDirectiveDefault),
+		RunE: func(cmd *cobra.Command, images []string) error {
+			if len(images) > 0 {
+				f.image = images[0]
+			}
+			cfg, err := f.config(a.store)
+			if err != nil {
+				return err
+			}
+			if f.detach {
+				return a.runDetached(cfg, f.remove)
+			}
+			return a.runAttached(cfg, f.remove)
+		},
+	})
+	f.register(cmd.Flags())
+	return cmd
+}
+
+func (f *runFlags) register(fs *pflag.FlagSet) {
+	fs.SortFlags = false
+	fs.StringVar(&f.cfg.Name, "name", "", "name of the VM and its host name (default: a made one)")
+	fs.BoolVarP(&f.detach, "detach", "d", false, "run in the background and print the name")
+	fs.BoolVar(&f.remove, "rm", false, "remove the VM when it has ended")
+	fs.IntVar(&f.cfg.CPUs, "cpus", 1, "virtual CPUs")
+	fs.StringVar(&f.memory, "memory", "1G", "memory: 512M, 2G; a number alone is MiB")
+	fs.StringVar(&f.format, "image-format", "", "raw or qcow2 (default: by the image's header)")
+	fs.StringArrayVar(&f.disks, "disk", nil, "one more disk, written in place: PATH[,ro][,format=raw|qcow2]; repeatable")
+
+	fs.StringArrayVar(&f.nets.Names, "network", nil, "CNI network; repeatable: eth0, eth1, ... in that order (default: the first one configured)")
+	fs.StringVar(&f.nets.ConfDir, "cni-conf-dir", vm.DefaultConfDir, "CNI configurations")
+	fs.StringArrayVar(&f.plugins, "cni-bin-dir", nil, "CNI plugins; repeatable (default: /opt/cni/bin, /usr/lib/cni and virtlet's own)")
+	fs.DurationVar(&f.cfg.CNITimeout, "cni-timeout", time.Minute, "time limit of one CNI ADD")
+	fs.StringVar(&f.cfg.NetNS, "netns", "", "join the configured namespace at this path; no CNI calls then")
+	fs.StringArrayVarP(&f.publish, "publish", "p", nil, "publish a port: [IP:]HOST:GUEST[/udp]; repeatable")
+	fs.StringVar(&f.bandwidth, "bandwidth", "", "limit in bits per second: 100M, or in=100M,out=20M")
+	fs.StringArrayVar(&f.nets.IPs, "ip", nil, "ask for this address; the n-th is for the n-th network")
+	fs.StringArrayVar(&f.nets.MACs, "mac", nil, "ask for this MAC address; the n-th is for the n-th network")
+	fs.StringVar(&f.cfg.Hostname, "hostname", "", "host name (default: the VM's name)")
+	fs.StringArrayVar(&f.cfg.DNS, "dns", nil, "name server, after those of the networks (default: the node's); repeatable")
+	fs.StringArrayVar(&f.cfg.Search, "dns-search", nil, "DNS search domain; repeatable")
+
+	fs.StringVar(&f.cfg.Kernel, "kernel", "", "boot this kernel directly")
+	fs.StringVar(&f.cfg.Initrd, "initrd", "", "with this initial ramdisk")
+	fs.StringVar(&f.cfg.Append, "append", "", "and this kernel command line")
+	fs.StringVar(&f.userData, "user-data", "", "cloud-init user-data file")
+	fs.StringArrayVar(&f.sshKeys, "ssh-key", nil, "file of public SSH keys for cloud-init; repeatable")
+
+	fs.StringVar(&f.cfg.Accel, "accel", "auto", "auto, kvm or tcg")
+	fs.StringVar(&f.cfg.QEMU, "qemu", "", "QEMU program (default: qemu-system-* of this machine)")
+}
+
+// config makes the VM's configuration of the flags.
+func (f *runFlags) config(store vm.Store) (vm.Config, error) {
+	cfg := f.cfg
+	var errs []error
+	note := func(err error) { errs = append(errs, err) }
+	var err error
+	if cfg.Name == "" {
+		cfg.Name = vm.NewName()
+	}
+	cfg.Memory, err = parseMemory(f.memory)
+	note(err)
+	if f.image != "" {
+		cfg.Image = &vm.Disk{Path: f.image, Format: f.format}
+	}
+	for _, d := range f.disks {
+		disk, err := parseDisk(d)
+		note(err)
+		cfg.Disks = append(cfg.Disks, disk)
+	}
+	for _, p := range f.publish {
+		m, err := parsePort(p)
+		note(err)
+		f.nets.Ports = append(f.nets.Ports, m)
+	}
+	if f.bandwidth != "" {
+		f.nets.Bandwidth, err = parseBandwidth(f.bandwidth)
+		note(err)
+	}
+	if f.userData != "" {
+		cfg.UserData, err = os.ReadFile(f.userData)
+		note(wrap("user-data", err))
+	}
+	for _, path := range f.sshKeys {
+		keys, err := os.ReadFile(path)
+		note(wrap("ssh-key", err))
+		cfg.SSHKeys = append(cfg.SSHKeys, string(keys))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return cfg, err
+	}
+	cfg.Plugins = pluginDirs(f.plugins)
+	if cfg.NetNS != "" {
+		if len(f.nets.Names)+len(f.nets.Ports)+len(f.nets.IPs)+len(f.nets.MACs) > 0 || f.nets.Bandwidth != nil {
+			return cfg, errors.New("--netns joins a namespace that somebody else configured: --network, --publish, --bandwidth, --ip and --mac are his to set")
+		}
+		return cfg, nil
+	}
+	cfg.Networks, err = store.Attachments(f.nets)
+	return cfg, err
+}
+
+func wrap(what string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}

@@ -1,0 +1,163 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/virtlet/virtlet/internal/cni"
+	"github.com/virtlet/virtlet/internal/podnet"
+	"github.com/virtlet/virtlet/internal/qemu"
+)
+
+// Level of a [Finding].
+type Level string
+
+// Levels, from good to bad. With a Fail no VM will start; with a Warn some, or slower.
+const (
+	OK   Level = "ok"
+	Warn Level = "warn"
+	Fail Level = "fail"
+)
+
+// Finding is one thing that [Check] looked at.
+type Finding struct {
+	Level Level  `json:"level"`
+	What  string `json:"what"`
+	Is    string `json:"is"`           // what was found
+	Do    string `json:"do,omitempty"` // what to do about it
+}
+
+// CheckRequest is what Check looks for.
+type CheckRequest struct {
+	Store   Store
+	ConfDir string   // of CNI configurations
+	Plugins []string // directories of CNI plugins
+	QEMU    string   // "": qemu-system-* of this architecture
+	QEMUImg string   // "": qemu-img
+}
+
+// Check looks whether this machine can run VMs, and leaves it as it is.
+func Check(ctx context.Context, r CheckRequest) []Finding {
+	var all []Finding
+	for _, look := range []func(context.Context) []Finding{
+		r.privileges, r.qemu, r.devices, r.network, r.networks, r.directories,
+	} {
+		all = append(all, look(ctx)...)
+	}
+	return all
+}
+
+func found(what string, err error, is, do string) Finding {
+	if err != nil {
+		return Finding{Fail, what, err.Error(), do}
+	}
+	return Finding{Level: OK, What: what, Is: is}
+}
+
+func (r CheckRequest) privileges(context.Context) []Finding {
+	if uid := os.Geteuid(); uid != 0 {
+		return []Finding{{Fail, "user", fmt.Sprintf("uid %d", uid), "run virtlet as root: it makes namespaces, links and TAPs"}}
+	}
+	return []Finding{{Level: OK, What: "user", Is: "root"}}
+}
+
+func (r CheckRequest) qemu(ctx context.Context) []Finding {
+	accel, why := qemu.DetectAccel("/")
+	a := Finding{Level: OK, What: "acceleration", Is: fmt.Sprintf("%s: %s", accel, why)}
+	if accel != qemu.KVM {
+		a.Level, a.Do = Warn, "guests run, but slowly: enable virtualisation (VT-x, AMD-V) in the firmware, or nested virtualisation in the hypervisor"
+	}
+	binary := r.QEMU
+	if binary == "" {
+		binary = qemu.DefaultBinary(arch)
+	}
+	v, err := qemu.Version(ctx, binary)
+	q := found("QEMU", err, v, "install it: apt-get install qemu-system-x86 (qemu-system-arm on arm64), or give --qemu PATH")
+	img := r.QEMUImg
+	if img == "" {
+		img = qemuImg
+	}
+	v, err = qemu.Version(ctx, img)
+	return []Finding{q, found("qemu-img", err, v, "install it: apt-get install qemu-utils"), a}
+}
+
+func (r CheckRequest) devices(context.Context) []Finding {
+	open := func(path string) error {
+		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		if err == nil {
+			unix.Close(fd)
+			return nil
+		}
+		return fmt.Errorf("open %s: %w", path, err)
+	}
+	tun := found("TAP devices", open("/dev/net/tun"), "/dev/net/tun opens", "load the driver: modprobe tun")
+	vhost := found("vhost-net", open("/dev/vhost-net"), "/dev/vhost-net opens", "optional, for speed: modprobe vhost_net")
+	if vhost.Level == Fail {
+		vhost.Level = Warn
+	}
+	return []Finding{tun, vhost}
+}
+
+// network tries what every VM needs in a namespace of its own, which goes again.
+func (r CheckRequest) network(context.Context) []Finding {
+	do := "the kernel needs veth, bridge, tun and nf_tables (CONFIG_NF_TABLES_NETDEV, CONFIG_NETFILTER_INGRESS), and virtlet needs root"
+	return []Finding{found("namespace, bridge, TAP, filters", podnet.Probe(), "all of them work", do)}
+}
+
+func (r CheckRequest) networks(context.Context) []Finding {
+	nets, bad, err := cni.Load(r.ConfDir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return []Finding{{Fail, "CNI configurations", err.Error(), "give another --cni-conf-dir"}}
+	}
+	var all []Finding
+	for _, b := range bad {
+		all = append(all, Finding{Warn, "CNI configuration " + b.File, b.Err.Error(), "correct the file, or remove it"})
+	}
+	if len(nets) == 0 {
+		all = append(all, Finding{Level: OK, What: "CNI configurations", Is: "none in " + r.ConfDir + ": the embedded network serves"})
+	}
+	for _, n := range append(nets, r.Store.embedded()) {
+		f := Finding{Level: OK, What: fmt.Sprintf("CNI network %q", n.Name), Is: fmt.Sprintf("%s, version %s", n.File, n.Version)}
+		plugins := cni.Runtime{BinDirs: r.Plugins}
+		if missing := plugins.Missing(n); len(missing) > 0 {
+			f.Level = Warn
+			f.Is += ": plugins not found: " + strings.Join(missing, ", ")
+			f.Do = "install them in one of " + strings.Join(r.Plugins, ", ")
+		}
+		all = append(all, f)
+	}
+	return all
+}
+
+func (r CheckRequest) directories(context.Context) []Finding {
+	var all []Finding
+	for _, dir := range []string{r.Store.Run, r.Store.Data} {
+		// The nearest that is there: Check makes none.
+		at := dir
+		for at != "/" {
+			if _, err := os.Stat(at); err == nil {
+				break
+			}
+			at = filepath.Dir(at)
+		}
+		f := found("directory "+dir, unix.Access(at, unix.W_OK), "can be written", "make "+at+" writable")
+		var fs unix.Statfs_t
+		if unix.Statfs(at, &fs) == nil && f.Level == OK {
+			const enough = 1 << 30
+			free := fs.Bavail * uint64(fs.Bsize)
+			f.Is += fmt.Sprintf(", %d MiB free", free>>20)
+			if dir == r.Store.Data && free < enough {
+				f.Level, f.Do = Warn, "what guests write to their disks goes here: make room"
+			}
+		}
+		all = append(all, f)
+	}
+	return all
+}

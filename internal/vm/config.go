@@ -1,0 +1,148 @@
+package vm
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"time"
+
+	"github.com/virtlet/virtlet/internal/cloudinit"
+	"github.com/virtlet/virtlet/internal/cni"
+	"github.com/virtlet/virtlet/internal/image"
+	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/qemu"
+)
+
+// Config is a VM as asked for. It is kept in the VM's state.
+type Config struct {
+	Name   string `json:"name"`
+	CPUs   int    `json:"cpus"`
+	Memory int64  `json:"memory"` // MiB
+
+	Image  *Disk  `json:"image,omitempty"` // boot disk; never written, an overlay takes the writes
+	Disks  []Disk `json:"disks,omitempty"` // further disks, written in place
+	Kernel string `json:"kernel,omitempty"`
+	Initrd string `json:"initrd,omitempty"`
+	Append string `json:"append,omitempty"`
+
+	// Networks are attached in this order. Start fills in ContainerID and NetNS.
+	Networks   []cni.Attachment `json:"networks,omitempty"`
+	Plugins    []string         `json:"plugins,omitempty"`    // directories of CNI plugins
+	CNITimeout time.Duration    `json:"cniTimeout,omitempty"` // of one ADD; 0: 60 s
+
+	// NetNS is the path of a namespace that somebody else has configured and keeps: no ADD and no DEL then.
+	NetNS   string           `json:"netns,omitempty"`
+	Results []nic.Attachment `json:"-"` // what is known of how NetNS was configured; may be empty
+
+	Hostname string   `json:"hostname,omitempty"` // "": Name
+	DNS      []string `json:"dns,omitempty"`      // servers, after what the networks say
+	Search   []string `json:"search,omitempty"`   // domains, likewise
+	UserData []byte   `json:"userData,omitempty"` // cloud-init
+	SSHKeys  []string `json:"sshKeys,omitempty"`  // authorized_keys files or lines; check makes lines of them
+
+	Accel   string `json:"accel,omitempty"`   // kvm, tcg; "" or auto: what the CPU has
+	QEMU    string `json:"qemu,omitempty"`    // "": qemu-system-* of this architecture
+	QEMUImg string `json:"qemuImg,omitempty"` // "": qemu-img
+
+	Log *slog.Logger `json:"-"` // what happens while the guest runs; nil: nobody listens
+}
+
+// Disk is a disk image or block device of the host.
+type Disk struct {
+	Path     string `json:"path"`
+	Format   string `json:"format,omitempty"` // raw or qcow2; "": by its header
+	ReadOnly bool   `json:"readOnly,omitempty"`
+}
+
+const (
+	maxDisks      = qemu.MaxDrives - 2 // beside the image and the seed
+	maxUserData   = 512 << 10          // bytes; larger ones are a mistake
+	defaultCNI    = 60 * time.Second
+	qemuImg       = "qemu-img"
+	defaultQueues = 8 // at most; more queues than that gain nothing and cost memory in guest and host
+)
+
+// check fills in defaults, makes paths absolute and finds what can be found wrong without touching the machine.
+func (c *Config) check() error {
+	if err := CheckName(c.Name); err != nil {
+		return err
+	}
+	var errs []error
+	bad := func(is bool, format string, a ...any) {
+		if is {
+			errs = append(errs, fmt.Errorf(format, a...))
+		}
+	}
+	bad(c.CPUs < 1 || c.CPUs > qemu.MaxCPUs, "cpus: %d: use 1 to %d", c.CPUs, qemu.MaxCPUs)
+	bad(c.Memory < qemu.MinMemory || c.Memory > qemu.MaxMemory, "memory: %d MiB: use %d to %d MiB", c.Memory, qemu.MinMemory, qemu.MaxMemory)
+	bad(c.Image == nil && c.Kernel == "", "nothing to boot: give an IMAGE or --kernel")
+	bad(c.Kernel == "" && (c.Initrd != "" || c.Append != ""), "--initrd and --append need --kernel")
+	bad(len(c.Disks) > maxDisks, "%d disks: use at most %d", len(c.Disks), maxDisks)
+	bad(c.NetNS != "" && len(c.Networks) > 0, "--netns joins a configured namespace: it cannot go with --network")
+	bad(c.NetNS == "" && len(c.Networks) == 0, "no network: give one, or a namespace to join")
+	bad(!slices.Contains([]string{"", "auto", "kvm", "tcg"}, c.Accel), "accel %q: use auto, kvm or tcg", c.Accel)
+	bad(len(c.UserData) > maxUserData, "user-data: %d bytes: use at most %d", len(c.UserData), maxUserData)
+	if c.Hostname == "" {
+		c.Hostname = c.Name
+	}
+	errs = append(errs, cloudinit.CheckHostname(c.Hostname))
+	if c.UserData != nil {
+		errs = append(errs, cloudinit.CheckUserData(c.UserData))
+	}
+	var keys []string
+	for _, k := range c.SSHKeys {
+		lines, err := cloudinit.ParseSSHKeys([]byte(k))
+		keys, errs = append(keys, lines...), append(errs, err)
+	}
+	c.SSHKeys = keys
+	for _, a := range c.DNS {
+		_, err := netip.ParseAddr(a)
+		bad(err != nil, "dns %q: use an IP address", a)
+	}
+	disks := c.Disks
+	if c.Image != nil {
+		disks = append([]Disk{*c.Image}, disks...)
+	}
+	for _, d := range disks {
+		bad(!slices.Contains([]image.Format{"", image.Raw, image.QCOW2}, image.Format(d.Format)), "disk %s: format %q: use raw or qcow2", d.Path, d.Format)
+	}
+	if c.CNITimeout <= 0 {
+		c.CNITimeout = defaultCNI
+	}
+	if c.QEMUImg == "" {
+		c.QEMUImg = qemuImg
+	}
+	for _, p := range c.paths() {
+		if *p == "" {
+			continue
+		}
+		abs, err := filepath.Abs(*p)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		*p = abs
+	}
+	return errors.Join(errs...)
+}
+
+func (c *Config) paths() []*string {
+	all := []*string{&c.Kernel, &c.Initrd, &c.NetNS}
+	if c.Image != nil {
+		all = append(all, &c.Image.Path)
+	}
+	for i := range c.Disks {
+		all = append(all, &c.Disks[i].Path)
+	}
+	return all
+}
+
+// queues gives the number of queue pairs of each NIC: one for each CPU, within reason.
+func (c *Config) queues() int { return min(c.CPUs, defaultQueues) }
+
+// arch is the guest's architecture: the host's.
+const arch = runtime.GOARCH

@@ -1,0 +1,99 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/virtlet/virtlet/internal/cni"
+	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/podnet"
+	"github.com/virtlet/virtlet/internal/qemu"
+)
+
+// Journal is what a VM has done to its machine beyond its own files. Each entry is on disk before its effect happens,
+// so that any process can undo it: the supervisor after a failed start or at the end, and `virtlet gc` or `rm` after a
+// supervisor that was killed.
+type Journal struct {
+	NetNS       string           `json:"netns,omitempty"`
+	OwnNetNS    bool             `json:"ownNetNS,omitempty"` // virtlet makes it, virtlet removes it
+	Attachments []cni.Attachment `json:"attachments,omitempty"`
+	Plugins     []string         `json:"plugins,omitempty"` // where the plugins of the attachments are
+	Network     *podnet.Record   `json:"network,omitempty"`
+	QEMU        *Process         `json:"qemu,omitempty"`
+}
+
+// Process names a process so that a reused number is told apart.
+type Process struct {
+	PID   int    `json:"pid"`
+	Start uint64 `json:"start"` // clock ticks since boot: field 22 of /proc/PID/stat
+}
+
+// undoTimeout bounds one CNI DEL while undoing.
+const undoTimeout = 60 * time.Second
+
+func (s Store) writeJournal(name string, j *Journal) error {
+	err := writeJSON(s.data(name, "journal.json"), j)
+	if s.recorded != nil {
+		s.recorded()
+	}
+	return err
+}
+
+// undo takes back what the journal of a VM says, and then the journal itself. It never stops early, takes what is gone
+// already as done, and may be called again. With force a CNI plugin that fails is an error, but does not keep the
+// journal. The VM's lock is held.
+func (s Store) undo(ctx context.Context, name string, force bool) error {
+	var j Journal
+	err := readJSON(s.data(name, "journal.json"), &j)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("undo VM %s: %w", name, err)
+	}
+	own, plugins := s.undoJournal(ctx, j)
+	if err := errors.Join(own, plugins); err != nil && (own != nil || !force) {
+		return fmt.Errorf("undo VM %s (virtlet gc tries it again, virtlet rm -f %[1]s without insisting): %w", name, err)
+	}
+	if plugins != nil {
+		plugins = fmt.Errorf("removed VM %s, but a CNI plugin may have left something: %w", name, plugins)
+	}
+	return errors.Join(plugins, os.Remove(s.data(name, "journal.json")))
+}
+
+// undoJournal gives apart what virtlet could not undo and what plugins could not.
+func (s Store) undoJournal(ctx context.Context, j Journal) (own, plugins error) {
+	if j.QEMU != nil {
+		// With QEMU alive nothing of its network can be put back.
+		if err := qemu.KillPID(j.QEMU.PID, j.QEMU.Start); err != nil {
+			return err, nil
+		}
+	}
+	if j.Network != nil && netns.Exists(j.NetNS) {
+		own = detach(j.NetNS, *j.Network)
+	}
+	runtime := cni.Runtime{BinDirs: j.Plugins, CacheDir: s.cniCache(), Timeout: undoTimeout}
+	for _, a := range slices.Backward(j.Attachments) {
+		own = errors.Join(own, cni.EndOrphans(a.ContainerID))
+		plugins = errors.Join(plugins, runtime.Del(context.WithoutCancel(ctx), a))
+	}
+	if j.OwnNetNS {
+		// Whatever the plugins left inside goes with the namespace.
+		own = errors.Join(own, netns.Remove(j.NetNS))
+	}
+	return own, plugins
+}
+
+func detach(path string, rec podnet.Record) error {
+	ns, err := netns.Open(path)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	return podnet.Detach(ns, rec)
+}

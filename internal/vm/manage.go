@@ -1,0 +1,190 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/virtlet/virtlet/internal/cni"
+	"github.com/virtlet/virtlet/internal/qemu"
+)
+
+// The signals of a supervisor.
+const (
+	PowerSignal = unix.SIGTERM // press the guest's power button; SIGINT does the same, and a second of either kills
+	KillSignal  = unix.SIGQUIT // end QEMU at once
+)
+
+// killGrace is how long a supervisor gets to undo everything after its guest was killed. CNI plugins may need most of it.
+const killGrace = undoTimeout
+
+// Stop asks the guest to power down and waits up to grace; a guest that does not obey is killed. killed says which.
+// ctx ends the wait alone. Stop returns when everything of the VM is undone.
+func (s Store) Stop(ctx context.Context, name string, grace time.Duration) (killed bool, err error) {
+	st, err := s.Get(name)
+	if err != nil {
+		return false, err
+	}
+	switch st.Status {
+	case Stopped:
+		return false, fmt.Errorf("stop VM %q: %w", name, ErrStopped)
+	case Dead:
+		return false, fmt.Errorf("stop VM %q: %w: its supervisor was killed; clean up: virtlet gc", name, ErrStopped)
+	}
+	supervisor, err := open(st.Supervisor)
+	if err != nil {
+		return false, fmt.Errorf("stop VM %q: %w", name, err)
+	}
+	defer unix.Close(supervisor)
+	steps := []struct {
+		signal unix.Signal
+		wait   time.Duration
+	}{{PowerSignal, grace}, {KillSignal, killGrace}}
+	for _, step := range steps {
+		if step.wait <= 0 {
+			continue
+		}
+		killed = step.signal == KillSignal
+		if err := unix.PidfdSendSignal(supervisor, step.signal, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+			return killed, fmt.Errorf("stop VM %q: signal its supervisor: %w", name, err)
+		}
+		if free, err := s.await(ctx, name, step.wait); free || err != nil {
+			return killed, err
+		}
+	}
+	return killed, fmt.Errorf("stop VM %q: its supervisor (pid %d) is still cleaning up after %s", name, st.Supervisor.PID, killGrace)
+}
+
+// open gives a descriptor of a process that is still the one named.
+func open(p Process) (int, error) {
+	fd, err := unix.PidfdOpen(p.PID, 0)
+	if err == nil && qemu.StartTime(p.PID) != p.Start {
+		unix.Close(fd)
+		err = unix.ESRCH
+	}
+	if err != nil {
+		return -1, fmt.Errorf("find supervisor (pid %d): %w", p.PID, err)
+	}
+	return fd, nil
+}
+
+// Remove removes a VM that has ended, with its logs. force stops a running one first, without asking its guest, and
+// cleans up after a killed supervisor.
+func (s Store) Remove(ctx context.Context, name string, force bool) error {
+	st, err := s.Get(name)
+	if err != nil {
+		return err
+	}
+	if !force && st.Status != Stopped {
+		return fmt.Errorf("remove VM %q: %w: it is %s; stop it first, or use -f", name, ErrRunning, st.Status)
+	}
+	if st.Status == Running || st.Status == Starting {
+		if _, err := s.Stop(ctx, name, 0); err != nil && !errors.Is(err, ErrStopped) && !errors.Is(err, unix.ESRCH) {
+			return err
+		}
+	}
+	err = s.clean(ctx, name, force)
+	if errors.Is(err, ErrNotFound) {
+		return nil // a failed start erases itself
+	}
+	return err
+}
+
+// clean undoes and erases one VM that no process cares for. With force, plugins that fail are an error but no obstacle.
+func (s Store) clean(ctx context.Context, name string, force bool) error {
+	l, err := s.lock(name)
+	if err != nil {
+		return err
+	}
+	defer l.release()
+	err = s.undo(ctx, name, force)
+	if _, left := os.Stat(s.data(name, "journal.json")); left == nil {
+		return err
+	}
+	return errors.Join(err, s.erase(name))
+}
+
+// Leftover is something that a dead run left behind.
+type Leftover struct {
+	VM   string `json:"vm"`
+	What string `json:"what"`
+}
+
+// Clean finds what dead runs left and removes it: VMs whose supervisor was killed, with their QEMU, namespace, CNI
+// attachments and files, and attachments in libcni's cache that belong to no VM. With dryRun it only finds. Living VMs
+// and those that stopped in order stay. plugins are where the CNI plugins of forgotten attachments may be.
+func (s Store) Clean(ctx context.Context, plugins []string, dryRun bool) (found []Leftover, err error) {
+	// First the cache, then the VMs: an attachment is in its VM's journal before it is in the cache, so one that is cached
+	// now and in no journal afterwards is nobody's.
+	r := cni.Runtime{BinDirs: plugins, CacheDir: s.cniCache(), Timeout: undoTimeout}
+	cached, err := r.Cached()
+	if err != nil {
+		return nil, err
+	}
+	names, err := s.names()
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	var living []string // container IDs
+	for _, name := range names {
+		var j Journal
+		jerr := readJSON(s.data(name, "journal.json"), &j)
+		for _, a := range j.Attachments {
+			living = append(living, a.ContainerID) // or named, and undone, with its dead VM
+		}
+		st, err := s.Get(name)
+		if err != nil || st.Status == Starting || st.Status == Running || st.Status == Stopped && errors.Is(jerr, fs.ErrNotExist) {
+			if !errors.Is(err, ErrNotFound) {
+				errs = append(errs, err)
+			}
+			continue
+		}
+		found = append(found, leftovers(name, st, j)...)
+		if dryRun {
+			continue
+		}
+		if err := s.clean(ctx, name, false); err != nil && !errors.Is(err, ErrRunning) && !errors.Is(err, ErrNotFound) {
+			errs = append(errs, err)
+		}
+	}
+	// What libcni's cache knows and no VM does. The cache outlives a reboot, as do the addresses that an IPAM plugin
+	// keeps on disk.
+	for _, a := range cached {
+		if slices.Contains(living, a.ContainerID) {
+			continue
+		}
+		found = append(found, Leftover{What: fmt.Sprintf("CNI attachment %s of container %s to network %s", a.IfName, a.ContainerID, a.Name)})
+		if !dryRun {
+			errs = append(errs, r.Del(ctx, a))
+		}
+	}
+	return found, errors.Join(errs...)
+}
+
+func leftovers(name string, st State, j Journal) []Leftover {
+	var all []Leftover
+	add := func(format string, a ...any) { all = append(all, Leftover{name, fmt.Sprintf(format, a...)}) }
+	if j.QEMU != nil && qemu.StartTime(j.QEMU.PID) == j.QEMU.Start {
+		add("process %d (QEMU)", j.QEMU.PID)
+	}
+	if j.Network != nil {
+		add("TAPs and bridges in %s", j.NetNS)
+	}
+	for _, a := range j.Attachments {
+		add("CNI attachment %s to network %s", a.IfName, a.Name)
+	}
+	if j.OwnNetNS {
+		add("network namespace %s", j.NetNS)
+	}
+	if st.Status == Dead {
+		add("files of a VM whose supervisor was killed")
+	}
+	return all
+}

@@ -1,0 +1,179 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/virtlet/virtlet/internal/cni"
+	"github.com/virtlet/virtlet/internal/dhcp"
+	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/podnet"
+)
+
+// enter makes the VM's network namespace, or joins the one that somebody else configured.
+func (v *VM) enter() (string, error) {
+	path, own := v.cfg.NetNS, false
+	if path == "" {
+		path, own = filepath.Join(netns.Dir, "virtlet-"+v.cfg.Name), true
+		if netns.Exists(path) {
+			// Not in our journal, so not ours to remove at a failure.
+			return "", fmt.Errorf("network namespace %s is there already and belongs to no VM in %s: choose another --name, or `ip netns del %s` if nobody uses it",
+				path, v.store.Run, filepath.Base(path))
+		}
+	}
+	if err := v.record(func(j *Journal) { j.NetNS, j.OwnNetNS, j.Plugins = path, own, v.cfg.Plugins }); err != nil {
+		return "", err
+	}
+	v.state.NetNS = path
+	var err error
+	if own {
+		v.ns, err = netns.Create(filepath.Base(path))
+	} else {
+		v.ns, err = netns.Open(path)
+	}
+	return path, err
+}
+
+// add attaches the namespace to one CNI network.
+func (v *VM) add(ctx context.Context, a *cni.Attachment) (string, error) {
+	a.ContainerID, a.NetNS = v.id, v.ns.Path()
+	if err := v.record(func(j *Journal) { j.Attachments = append(j.Attachments, *a) }); err != nil {
+		return "", err
+	}
+	plugins := cni.Runtime{BinDirs: v.cfg.Plugins, CacheDir: v.store.cniCache(), Timeout: v.cfg.CNITimeout}
+	result, err := plugins.Add(ctx, *a)
+	if err != nil {
+		// Add has undone what it did, as far as the plugins can.
+		return "", errors.Join(err, v.record(func(j *Journal) { j.Attachments = j.Attachments[:len(j.Attachments)-1] }))
+	}
+	v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: a.Name, IfName: a.IfName, Result: result})
+	var ips []string
+	for _, ip := range result.IPs {
+		ips = append(ips, ip.Address.String())
+	}
+	return strings.Join(append([]string{a.IfName}, ips...), " "), nil
+}
+
+// attach plans the guest's NICs from what the networks said and what is in the namespace, and joins each to a TAP.
+func (v *VM) attach(ctx context.Context) (string, error) {
+	snap, err := podnet.Observe(v.ns)
+	if err != nil {
+		return "", err
+	}
+	nics, notes, err := nic.Plan(v.cfg.Results, snap)
+	v.note(notes...)
+	if err != nil {
+		return "", err
+	}
+	if err := addDNS(&nics[0].DNS, v.cfg.DNS, v.cfg.Search); err != nil {
+		return "", err
+	}
+	o := podnet.Options{Queues: v.cfg.queues(), Vhost: true}
+	v.ports, err = podnet.Attach(ctx, v.ns, snap, nics, o, func(r podnet.Record) error {
+		return v.record(func(j *Journal) { j.Network = &r })
+	})
+	if err != nil {
+		return "", err
+	}
+	v.state.NICs = nics
+	for _, r := range v.cfg.Results {
+		v.state.Results = append(v.state.Results, Result{Network: r.Network, IfName: r.IfName, Result: r.Result})
+	}
+	var words []string
+	for _, p := range v.ports {
+		v.state.Ports = append(v.state.Ports, PortState{Join: p.Join, Queues: len(p.Taps), Vhost: len(p.Vhost) > 0})
+		words = append(words, fmt.Sprintf("%s %s mtu %d", p.NIC.Name, p.NIC.MAC, p.NIC.MTU))
+	}
+	return strings.Join(words, ", "), nil
+}
+
+// serveDHCP opens a responder on every TAP and lets it answer.
+func (v *VM) serveDHCP() (string, error) {
+	ctx, quiet := context.WithCancel(context.Background())
+	v.quiet = quiet
+	var words []string
+	for _, p := range v.ports {
+		lease, notes, ok := dhcp.NewLease(p.NIC, v.cfg.Hostname)
+		v.note(notes...)
+		if !ok {
+			continue
+		}
+		conn, err := p.Listen(dhcp.Filter())
+		if err != nil {
+			return "", err
+		}
+		v.state.Leases = append(v.state.Leases, lease)
+		server := dhcp.Server{Lease: lease, Conn: conn, Log: v.log(p.NIC.Name)}
+		v.serve.Go(func() error {
+			return server.Run(ctx)
+		})
+		words = append(words, fmt.Sprintf("%s on %s", lease.Addr, p.NIC.Name))
+	}
+	if len(words) == 0 {
+		return "no IPv4 address to give", nil
+	}
+	return strings.Join(words, ", "), nil
+}
+
+func (v *VM) log(nic string) *slog.Logger {
+	if v.cfg.Log == nil {
+		return nil
+	}
+	return v.cfg.Log.With("vm", v.cfg.Name, "nic", nic)
+}
+
+// addDNS completes what the networks say about name resolution: their servers come first, then the user's, and only
+// where neither names one the node's own. Nothing is invented.
+func addDNS(d *nic.DNS, servers, search []string) error {
+	for _, s := range servers {
+		a, err := netip.ParseAddr(s)
+		if err != nil {
+			return fmt.Errorf("dns: %w", err)
+		}
+		d.Servers = append(d.Servers, a)
+	}
+	d.Search = append(d.Search, search...)
+	if len(d.Servers) > 0 {
+		return nil
+	}
+	b, err := os.ReadFile("/etc/resolv.conf")
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read the node's resolvers: %w", err)
+	}
+	node := parseResolvConf(string(b))
+	d.Servers = node.Servers
+	if len(d.Search) == 0 {
+		d.Search = node.Search
+	}
+	return nil
+}
+
+// parseResolvConf reads resolv.conf(5). Loopback resolvers are left out: the guest has a loopback of its own.
+func parseResolvConf(text string) nic.DNS {
+	var d nic.DNS
+	for line := range strings.Lines(text) {
+		f := strings.Fields(line)
+		if len(f) < 2 {
+			continue
+		}
+		switch f[0] {
+		case "nameserver":
+			if a, err := netip.ParseAddr(f[1]); err == nil && !a.IsLoopback() && a.Zone() == "" {
+				d.Servers = append(d.Servers, a.Unmap())
+			}
+		case "search", "domain": // the last one wins
+			d.Search = f[1:]
+		}
+	}
+	return d
+}

@@ -1,0 +1,223 @@
+package vm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Store is where VMs are kept on disk. Nothing but these files is shared between the processes of virtlet.
+//
+//	<Run>/NAME/   lock, state.json, console.sock    gone after a reboot, as is the VM
+//	<Data>/NAME/  journal.json, console.log, supervisor.log, disk.qcow2, seed.iso
+//	<Run>/ipam/   leases of the embedded network
+//	<Data>/cni/   libcni's cached results
+//
+// A VM lives as long as its supervisor holds the lock.
+type Store struct {
+	Run  string // /run/virtlet
+	Data string // /var/lib/virtlet
+
+	recorded func() // for tests: called when an effect is in the journal and has not happened yet
+}
+
+// Errors of a Store.
+var (
+	ErrExists   = errors.New("VM exists")
+	ErrNotFound = errors.New("no such VM")
+	ErrRunning  = errors.New("VM is running")
+	ErrStopped  = errors.New("VM is not running")
+)
+
+// nameForm keeps a name usable as file name, host name label and part of a namespace's name.
+var nameForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// reserved are names that the Store needs for itself.
+var reserved = []string{"cni", "ipam"}
+
+// CheckName says what is wrong with a VM's name.
+func CheckName(name string) error {
+	if !nameForm.MatchString(name) || slices.Contains(reserved, name) {
+		return fmt.Errorf("bad VM name %q: use at most 63 lower-case letters, digits and inner dashes (not %q)", name, reserved)
+	}
+	return nil
+}
+
+func (s Store) run(name string, file ...string) string {
+	return filepath.Join(append([]string{s.Run, name}, file...)...)
+}
+
+func (s Store) data(name string, file ...string) string {
+	return filepath.Join(append([]string{s.Data, name}, file...)...)
+}
+
+// Where libcni keeps its results, and the embedded network its leases.
+func (s Store) cniCache() string { return s.data("cni") }
+func (s Store) ipam() string     { return s.run("ipam") }
+
+// names gives every VM that has left a trace, in order.
+func (s Store) names() ([]string, error) {
+	var all []string
+	for _, dir := range []string{s.Run, s.Data} {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		for _, e := range entries {
+			if e.IsDir() && CheckName(e.Name()) == nil {
+				all = append(all, e.Name())
+			}
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all), nil
+}
+
+// lock is the sign that a process cares for a VM; closing the file gives it up, as does the process's end.
+type lock struct{ f *os.File }
+
+func (l lock) release() error { return l.f.Close() }
+
+// create makes the directories of a new VM and takes its lock.
+func (s Store) create(name string) (lock, error) {
+	for _, dir := range []string{s.Run, s.Data} {
+		if err := os.MkdirAll(dir, 0o711); err != nil {
+			return lock{}, fmt.Errorf("create VM %s: %w", name, err)
+		}
+	}
+	err := os.Mkdir(s.run(name), 0o700)
+	if err == nil {
+		var l lock
+		if l, err = s.lock(name); err != nil {
+			return lock{}, err
+		}
+		// With the lock held: a data directory without a run directory is what a reboot left.
+		if err = os.Mkdir(s.data(name), 0o700); err == nil {
+			return l, nil
+		}
+		err = errors.Join(err, os.RemoveAll(s.run(name)), l.release())
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return lock{}, s.taken(name)
+	}
+	return lock{}, fmt.Errorf("create VM %s: %w", name, err)
+}
+
+// taken words the refusal of a name that is in use.
+func (s Store) taken(name string) error {
+	do := fmt.Sprintf("choose another --name, or remove it: virtlet rm -f %s", name)
+	switch st, err := s.Get(name); {
+	case err != nil:
+	case st.Status == Stopped:
+		do = fmt.Sprintf("it has stopped; remove it: virtlet rm %s", name)
+	case st.Status == Dead:
+		do = "its supervisor was killed; clean up: virtlet gc"
+	}
+	return fmt.Errorf("VM %q: %w: %s", name, ErrExists, do)
+}
+
+// lock takes the lock of a VM that is there; [ErrRunning] when a living process has it.
+func (s Store) lock(name string) (lock, error) {
+	// After a reboot only the data directory is left; the lock is the same for all.
+	if _, err := os.Stat(s.data(name)); err == nil {
+		if err := os.MkdirAll(s.run(name), 0o700); err != nil {
+			return lock{}, fmt.Errorf("lock VM %s: %w", name, err)
+		}
+	}
+	f, err := os.OpenFile(s.run(name, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if errors.Is(err, fs.ErrNotExist) {
+		return lock{}, fmt.Errorf("VM %q: %w", name, ErrNotFound)
+	}
+	if err != nil {
+		return lock{}, fmt.Errorf("lock VM %s: %w", name, err)
+	}
+	// An open-file-description lock: it ends with the process, and can be asked after without being taken.
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EAGAIN) {
+			return lock{}, fmt.Errorf("VM %q: %w", name, ErrRunning)
+		}
+		return lock{}, fmt.Errorf("lock VM %s: %w", name, err)
+	}
+	// The file may have been removed between open and lock: then the lock is worth nothing.
+	var held, named unix.Stat_t
+	if unix.Fstat(int(f.Fd()), &held) != nil || unix.Stat(s.run(name, "lock"), &named) != nil || held.Ino != named.Ino {
+		f.Close()
+		return lock{}, fmt.Errorf("VM %q: %w", name, ErrNotFound)
+	}
+	return lock{f}, nil
+}
+
+// alive says whether a process holds the VM's lock.
+func (s Store) alive(name string) bool {
+	f, err := os.Open(s.run(name, "lock"))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	l := unix.Flock_t{Type: unix.F_WRLCK}
+	return unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l) == nil && l.Type != unix.F_UNLCK
+}
+
+// await blocks until no process holds the VM's lock, or d has passed, and says whether it is free.
+func (s Store) await(ctx context.Context, name string, d time.Duration) (bool, error) {
+	limit := time.After(d)
+	tick := time.NewTicker(20 * time.Millisecond) // a file lock has no blocking form with a time limit
+	defer tick.Stop()
+	for s.alive(name) {
+		select {
+		case <-tick.C:
+		case <-limit:
+			return false, nil
+		case <-ctx.Done():
+			return false, ctx.Err()
+		}
+	}
+	return true, nil
+}
+
+// erase removes all files of a VM; its lock is held. The lock goes last, so that a killed erase can be done again.
+func (s Store) erase(name string) error {
+	return errors.Join(os.RemoveAll(s.data(name)), os.RemoveAll(s.run(name)))
+}
+
+// writeJSON replaces a file in one step: a reader, and a process after a crash, sees the old or the new content. It does
+// not wait for the disk: what a VM has done to its machine does not outlive a power cut.
+func writeJSON(path string, v any) error {
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	_, err = f.Write(append(b, '\n'))
+	if err := errors.Join(err, f.Close()); err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", path, err), os.Remove(f.Name()))
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", path, err), os.Remove(f.Name()))
+	}
+	return nil
+}
+
+func readJSON(path string, v any) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("read %s: %w", path, err)
+	}
+	return nil
+}

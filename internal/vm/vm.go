@@ -1,0 +1,234 @@
+// Package vm is one VM from configuration to exit: the order of the steps, their undoing, and the wait for the end. It
+// is the only package that the front ends call.
+//
+// [Start] makes a VM whose supervisor is the calling process: that process holds the VM's lock, is QEMU's parent and
+// answers its DHCP. [VM.Wait] blocks until the guest has ended and everything is undone. Whatever a VM does to the
+// machine is in its [Journal] first, so a supervisor that is killed leaves nothing that [Store.Clean] cannot remove.
+package vm
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/podnet"
+	"github.com/virtlet/virtlet/internal/qemu"
+)
+
+// Progress is told of every step of a start: once when it begins, and once, with its result in a few words and the
+// time it took, when it is done. Two steps may run at once; calls do not overlap.
+type Progress func(step, result string, took time.Duration, done bool)
+
+// VM is a running VM whose supervisor is this process.
+type VM struct {
+	store   Store
+	cfg     Config
+	lock    lock
+	state   State
+	journal Journal
+	id      string // of this run, for CNI and cloud-init: random, never reused
+
+	media   *media
+	ns      *netns.NS
+	ports   []*podnet.Port
+	proc    *qemu.Process
+	qmp     net.Conn // until monitor owns it
+	monitor *qemu.Monitor
+	console *console
+	killed  atomic.Bool // by Kill
+
+	serve errgroup.Group     // DHCP responders
+	quiet context.CancelFunc // ends them
+
+	progress Progress
+	done     chan struct{} // closed when all is undone
+	exit     Exit
+	err      error
+}
+
+// Start starts a VM and returns when QEMU runs it. On an error, or when ctx ends first, nothing of it is left, and the
+// name is free again. After Start ctx has no meaning. progress may be nil. The caller calls Wait.
+func Start(ctx context.Context, s Store, cfg Config, progress Progress) (*VM, error) {
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	v := &VM{store: s, cfg: cfg, done: make(chan struct{}), quiet: func() {}, progress: serial(progress)}
+	if err := v.start(ctx); err != nil {
+		return nil, errors.Join(err, v.abandon(ctx))
+	}
+	go v.supervise()
+	return v, nil
+}
+
+// start is the way of one VM; each line is a step that a reader can follow into its package.
+func (v *VM) start(ctx context.Context) (err error) {
+	if err := v.step("image", v.openMedia); err != nil { // first: it changes nothing, and most mistakes are here
+		return err
+	}
+	if err := v.step("state", v.claim); err != nil {
+		return err
+	}
+	// The disks and the network have nothing to do with each other; both wait for other programs.
+	both, bctx := errgroup.WithContext(ctx)
+	both.Go(func() error { return v.step("disk", func() (string, error) { return v.makeDisk(bctx) }) })
+	both.Go(func() error { return v.connect(bctx) })
+	if err := both.Wait(); err != nil {
+		return err
+	}
+	if err := v.step("dhcp", v.serveDHCP); err != nil { // before QEMU: the first question must not be lost
+		return err
+	}
+	if err := v.step("qemu", v.startQEMU); err != nil {
+		return err
+	}
+	return v.step("guest", func() (string, error) { return v.awaitQEMU(ctx) })
+}
+
+// claim takes the name: from here on the VM is seen by others.
+func (v *VM) claim() (string, error) {
+	l, err := v.store.create(v.cfg.Name)
+	if err != nil {
+		return "", err
+	}
+	v.lock = l
+	var b [8]byte
+	rand.Read(b[:])
+	v.id = hex.EncodeToString(b[:])
+	self := os.Getpid()
+	v.state = State{
+		Config: v.cfg, Status: Starting, Created: time.Now(), NetNS: v.cfg.NetNS,
+		Supervisor: Process{PID: self, Start: qemu.StartTime(self)},
+	}
+	return v.store.run(v.cfg.Name), v.save()
+}
+
+func (v *VM) save() error {
+	v.state.Config = v.cfg
+	return writeJSON(v.store.run(v.cfg.Name, "state.json"), &v.state)
+}
+
+// record writes the journal with one more entry, before the effect of that entry.
+func (v *VM) record(add func(*Journal)) error {
+	add(&v.journal)
+	return v.store.writeJournal(v.cfg.Name, &v.journal)
+}
+
+// connect gives the VM its namespace, configured by CNI plugins or by somebody else, and takes it over.
+func (v *VM) connect(ctx context.Context) error {
+	if err := v.step("namespace", v.enter); err != nil {
+		return err
+	}
+	for i := range v.cfg.Networks {
+		name := fmt.Sprintf("cni %s", v.cfg.Networks[i].Name)
+		if err := v.step(name, func() (string, error) { return v.add(ctx, &v.cfg.Networks[i]) }); err != nil {
+			return err
+		}
+	}
+	return v.step("attach", func() (string, error) { return v.attach(ctx) })
+}
+
+// abandon undoes a failed start, wholly.
+func (v *VM) abandon(ctx context.Context) error {
+	if v.lock.f == nil { // not even claimed
+		return v.media.Close()
+	}
+	err := v.stopServing()
+	err = errors.Join(err, v.store.undo(ctx, v.cfg.Name, false))
+	if err != nil {
+		// The journal stays, and with it the name, for gc.
+		return errors.Join(err, v.lock.release())
+	}
+	return errors.Join(v.store.erase(v.cfg.Name), v.lock.release())
+}
+
+// stopServing ends QEMU and everything that this process does for it.
+func (v *VM) stopServing() error {
+	var errs []error
+	if v.proc != nil {
+		errs = append(errs, v.proc.Kill())
+		v.proc.Wait()
+	}
+	if v.monitor != nil {
+		v.monitor.Close()
+	} else if v.qmp != nil {
+		v.qmp.Close()
+	}
+	v.quiet()
+	errs = append(errs, v.serve.Wait())
+	for _, c := range v.closers() {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (v *VM) closers() []io.Closer {
+	all := []io.Closer{v.media}
+	for _, p := range v.ports {
+		all = append(all, p)
+	}
+	if v.console != nil {
+		all = append(all, v.console)
+	}
+	if v.ns != nil {
+		all = append(all, v.ns)
+	}
+	return all
+}
+
+// step runs one step of the start, tells of it, and names it in an error.
+func (v *VM) step(name string, do func() (string, error)) error {
+	begin := time.Now()
+	v.progress(name, "", 0, false)
+	result, err := do()
+	if err != nil {
+		return err
+	}
+	v.progress(name, result, time.Since(begin), true)
+	return nil
+}
+
+// serial makes calls of p one at a time.
+func serial(p Progress) Progress {
+	if p == nil {
+		return func(string, string, time.Duration, bool) {}
+	}
+	turn := make(chan struct{}, 1)
+	return func(step, result string, took time.Duration, done bool) {
+		turn <- struct{}{}
+		defer func() { <-turn }()
+		p(step, result, took, done)
+	}
+}
+
+// Name gives the VM's name.
+func (v *VM) Name() string { return v.cfg.Name }
+
+// Notes gives sentences that the user should read: what of the network was corrected or could not be carried over.
+func (v *VM) Notes() []string { return v.state.Notes }
+
+// NewName makes a name for a VM that was given none.
+func NewName() string {
+	var b [4]byte
+	rand.Read(b[:])
+	return "vm-" + hex.EncodeToString(b[:])
+}
+
+// note keeps sentences for the user, once each.
+func (v *VM) note(notes ...string) {
+	for _, n := range notes {
+		if !strings.Contains(strings.Join(v.state.Notes, "\n"), n) {
+			v.state.Notes = append(v.state.Notes, n)
+		}
+	}
+}

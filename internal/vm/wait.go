@@ -1,0 +1,116 @@
+package vm
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+)
+
+// Reason is why a VM ended.
+type Reason string
+
+// Reasons of an end.
+const (
+	Shutdown Reason = "shutdown" // the guest powered itself off, asked to or not
+	Panicked Reason = "panic"    // the guest's kernel panicked and said so
+	Killed   Reason = "killed"   // the user ended QEMU without waiting for the guest
+	Failed   Reason = "qemu"     // QEMU ended by itself
+)
+
+// Exit is the end of a VM.
+type Exit struct {
+	Reason Reason `json:"reason"`
+	Detail string `json:"detail,omitempty"`
+}
+
+// Err is nil after a clean shutdown.
+func (e Exit) Err() error {
+	if e.Reason == Shutdown {
+		return nil
+	}
+	return &e
+}
+
+// Error says how the VM ended.
+func (e *Exit) Error() string {
+	switch e.Reason {
+	case Panicked:
+		return "the guest panicked: its console has the reason (virtlet logs)"
+	case Killed:
+		return "the VM was killed"
+	}
+	return "QEMU ended unexpectedly: " + e.Detail
+}
+
+// Wait blocks until the guest has ended and all that Start did is undone. The Exit is the guest's end; the error is
+// what could not be undone, which `virtlet gc` tries again.
+func (v *VM) Wait() (Exit, error) {
+	<-v.done
+	return v.exit, v.err
+}
+
+// Powerdown presses the guest's power button (ACPI). Whether and when it obeys is the guest's affair.
+func (v *VM) Powerdown(ctx context.Context) error {
+	err := v.monitor.Powerdown(ctx)
+	select {
+	case <-v.proc.Done():
+		return nil // it has ended anyway
+	default:
+	}
+	if err != nil {
+		return fmt.Errorf("power down VM %s: %w", v.cfg.Name, err)
+	}
+	return nil
+}
+
+// Kill ends QEMU at once; the guest has no say.
+func (v *VM) Kill() error {
+	v.killed.Store(true)
+	return v.proc.Kill()
+}
+
+// supervise waits for the end of QEMU, undoes everything and writes the last state.
+func (v *VM) supervise() {
+	defer close(v.done)
+	v.exit = v.awaitEnd()
+	v.err = errors.Join(v.stopServing(), v.store.undo(context.Background(), v.cfg.Name, false))
+	for _, file := range []string{"disk.qcow2", "seed.iso"} { // what only a running guest needs
+		if err := os.Remove(v.store.data(v.cfg.Name, file)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			v.err = errors.Join(v.err, err)
+		}
+	}
+	v.state.Status, v.state.Finished, v.state.Exit, v.state.QEMU = Stopped, time.Now(), &v.exit, Process{}
+	v.err = errors.Join(v.err, v.save(), v.lock.release())
+}
+
+// awaitEnd listens to QEMU until it ends, and works out why it did.
+func (v *VM) awaitEnd() Exit {
+	end := Exit{Reason: Failed}
+	for e := range v.monitor.Events() {
+		switch e.Name {
+		case "GUEST_PANICKED":
+			end.Reason = Panicked
+		case "SHUTDOWN":
+			var s struct {
+				Guest  bool   `json:"guest"`
+				Reason string `json:"reason"` // QEMU's ShutdownCause
+			}
+			if json.Unmarshal(e.Data, &s) == nil && end.Reason != Panicked && s.Reason == "guest-shutdown" {
+				end.Reason = Shutdown
+			}
+		}
+	}
+	p := v.proc.Wait()
+	switch {
+	case v.killed.Load():
+		return Exit{Reason: Killed}
+	case end.Reason == Failed:
+		end.Detail = p.String()
+	case end.Reason == Shutdown && p.Err() != nil:
+		return Exit{Reason: Failed, Detail: p.String()}
+	}
+	return end
+}
