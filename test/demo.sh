@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 guest=${1:?usage: test/demo.sh GUEST-DIRECTORY}
-node=virtlet-demo-$$
+node=demo-node-$$
 name=demo-$$
 dir=$(mktemp -d /tmp/virtlet-demo.XXXXXX)
 virtlet() { nsenter --net="/run/netns/$node" bin/virtlet --run-dir "$dir/run" --data-dir "$dir/data" "$@"; }

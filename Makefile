@@ -1,0 +1,50 @@
+# Two commands do it all on a fresh Debian 12 machine with Go: `make demo` and `make test`. What is built lands in bin/;
+# downloads and what takes long to build are cached outside the checkout, in ${VIRTLET_CACHE:-~/.cache/virtlet}.
+
+PREFIX ?= /usr/local
+
+export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
+# The directory of the test guest; as a shell substitution, for it is known only once the guest is built.
+GUEST = $$(go run ./test/guest/build)
+VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)
+
+.NOTPARALLEL: # the tests want the machine to themselves
+.PHONY: help setup build plugins guest demo test lint bench install clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: ## install the Debian packages that are missing, and look for Go
+	@hack/setup.sh
+
+# A static binary. Go's own stamp (-buildvcs) fails in a checkout that belongs to somebody else, as under sudo.
+build: ## build bin/virtlet
+	@CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$(VERSION)" \
+		-o bin/virtlet ./cmd/virtlet
+
+plugins: ## build the reference CNI plugins, pinned in go.mod: bin/cni
+	@hack/plugins.sh
+
+guest: ## make the guest that tests boot, and print its directory
+	@echo $(GUEST)
+
+demo: setup build plugins ## boot a VM on a CNI network and fetch a page from it
+	@guest=$(GUEST) && test/demo.sh "$$guest"
+
+test: setup build plugins ## run every check and test
+	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh
+
+lint: ## run the checks without the tests
+	@hack/lint.sh
+
+bench: setup build plugins ## run the benchmarks
+	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh -run '^$$' -bench . -benchmem
+
+install: ## install virtlet and the plugins below PREFIX (/usr/local)
+	@[ -x bin/virtlet ] && [ -d bin/cni ] || $(MAKE) --no-print-directory build plugins
+	install -D -m 0755 bin/virtlet "$(DESTDIR)$(PREFIX)/bin/virtlet"
+	install -d -m 0755 "$(DESTDIR)$(PREFIX)/libexec/virtlet/cni"
+	install -m 0755 bin/cni/* "$(DESTDIR)$(PREFIX)/libexec/virtlet/cni"
+
+clean: ## remove bin/; the caches stay
+	rm -rf bin

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Runs the checks and then the tests, or what the arguments for `go test` say. The tests find what the Makefile built by
+# VIRTLET_BIN, VIRTLET_CNI_BIN and VIRTLET_GUEST.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export VIRTLET_BIN=${VIRTLET_BIN:-$PWD/bin/virtlet} VIRTLET_CNI_BIN=${VIRTLET_CNI_BIN:-$PWD/bin/cni}
+
+# Two packages at once: the tests boot guests and measure time-outs on real kernels, which a crowd would disturb.
+if [ $# -gt 0 ]; then
+	exec go test -p 1 -timeout 30m "$@" ./...
+fi
+hack/lint.sh
+if [ "$(id -u)" != 0 ]; then
+	echo "test: not root: tests that make network namespaces are skipped" >&2
+fi
+exec go test -race -count=1 -p 2 -timeout 30m ./...

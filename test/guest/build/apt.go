@@ -1,0 +1,107 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+)
+
+// apt fetches Debian packages without installing them.
+type apt struct {
+	lists   string // package lists of our own, for a machine whose lists are missing or out of date
+	arch    string
+	private bool // the lists of our own are in use
+}
+
+// pkg is a package in one version.
+type pkg struct{ name, version string }
+
+func (p pkg) String() string { return p.name + "=" + p.version }
+
+// dependsKernel matches the one dependency of the package linux-image-cloud-ARCH, which names the current kernel.
+var dependsKernel = regexp.MustCompile(`(?m)^Depends: (linux-image-[a-z0-9.+-]+) \(= ([A-Za-z0-9.+:~-]+)\)`)
+
+// kernel gives the newest cloud kernel: Debian's kernel for virtual machines, with no drivers for hardware.
+func (a *apt) kernel(ctx context.Context) (pkg, error) {
+	meta := "linux-image-cloud-" + a.arch
+	var last error
+	for {
+		out, err := a.run(ctx, "", "apt-cache", "show", "--no-all-versions", meta)
+		if m := dependsKernel.FindSubmatch(out); err == nil && m != nil {
+			return pkg{string(m[1]), string(m[2])}, nil
+		}
+		last = errors.Join(last, err)
+		if a.private {
+			return pkg{}, fmt.Errorf("find a kernel: no package %s is known to apt: %w; Debian has it", meta, last)
+		}
+		if err := a.update(ctx); err != nil {
+			return pkg{}, errors.Join(last, err)
+		}
+	}
+}
+
+// unpack downloads packages into dir and unpacks them into tree. Lists that are out of date name files that are no
+// longer there, so a failure is tried once more with fresh lists.
+func (a *apt) unpack(ctx context.Context, dir, tree string, pkgs ...string) error {
+	download := append([]string{"download"}, pkgs...)
+	_, err := a.run(ctx, dir, "apt-get", download...)
+	if err != nil && !a.private {
+		if err = a.update(ctx); err == nil {
+			_, err = a.run(ctx, dir, "apt-get", download...)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("download %s: %w", strings.Join(pkgs, ", "), err)
+	}
+	debs, err := filepath.Glob(filepath.Join(dir, "*.deb"))
+	if err != nil || len(debs) != len(pkgs) {
+		return fmt.Errorf("download %s: got %d files: %w", strings.Join(pkgs, ", "), len(debs), err)
+	}
+	for _, deb := range debs {
+		if _, err := a.run(ctx, dir, "dpkg-deb", "-x", deb, tree); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// update fetches package lists of our own: it needs no privilege and does not touch the machine's.
+func (a *apt) update(ctx context.Context) error {
+	if err := os.MkdirAll(filepath.Join(a.lists, "partial"), 0o755); err != nil {
+		return err
+	}
+	a.private = true
+	_, err := a.run(ctx, "", "apt-get", "-q", "update")
+	return err
+}
+
+// run runs a program of apt or dpkg; an error has its last words.
+func (a *apt) run(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
+	if strings.HasPrefix(name, "apt-") {
+		opts := []string{"-q", "-o", "APT::Sandbox::User="} // root's cache is closed to apt's own user
+		if a.private {
+			opts = append(opts, "-o", "Dir::State::Lists="+a.lists,
+				"-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache=")
+		}
+		args = append(opts, args...)
+	}
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "LC_ALL=C")
+	var errText bytes.Buffer
+	cmd.Stderr = &errText
+	out, err := cmd.Output()
+	switch {
+	case errors.Is(err, exec.ErrNotFound):
+		return nil, fmt.Errorf("%w: the guest is made of Debian packages; elsewhere make it on a Debian machine and "+
+			"set VIRTLET_GUEST to a copy", err)
+	case err != nil:
+		return nil, fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err, bytes.TrimSpace(errText.Bytes()))
+	}
+	return out, nil
+}

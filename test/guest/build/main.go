@@ -1,0 +1,169 @@
+// Command build makes the test guest: a kernel, an initramfs with busybox and the scripts below root/, and a kernel
+// command line. Everything else is Debian's: packages are fetched by apt-get, which verifies them, and unpacked by
+// dpkg-deb; nothing is installed and no privilege is needed.
+//
+// The result is a directory with the files vmlinuz, initrd and cmdline, in the folder guest of VIRTLET_CACHE (default:
+// virtlet in the user's cache). Its name holds the architecture, the kernel's version and a hash of this program and
+// its scripts, so a change of either makes another one; it appears complete or not at all, and two builds at once are
+// one. A build that is there is used without asking the network whether there is a newer kernel: -refresh asks.
+//
+// The directory's path is printed on standard output and nothing else is; progress and errors go to standard error.
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"embed"
+	"encoding/hex"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// inputs are hashed for the name of the build, and root/ goes into the initramfs.
+//
+//go:embed *.go root
+var inputs embed.FS
+
+// limit is how long a build may take; most of it is the download of the kernel package (27 MB).
+const limit = 10 * time.Minute
+
+func main() {
+	refresh := flag.Bool("refresh", false, "look for a newer kernel even if there is a guest already")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	dir, err := run(ctx, runtime.GOARCH, *refresh)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "build test guest:", err)
+		os.Exit(1)
+	}
+	fmt.Println(dir)
+}
+
+// run gives the directory of a guest, an existing one if that will do.
+func run(ctx context.Context, arch string, refresh bool) (string, error) {
+	if _, ok := consoles[arch]; !ok {
+		return "", fmt.Errorf("no guest for architecture %q: only amd64 and arm64", arch)
+	}
+	cache, err := cacheDir()
+	if err != nil {
+		return "", err
+	}
+	hash, err := hashInputs()
+	if err != nil {
+		return "", err
+	}
+	if dir := newest(cache, arch, hash); dir != "" && !refresh {
+		return dir, nil
+	}
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		return "", err
+	}
+	unlock, err := lock(filepath.Join(cache, "lock"))
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	if dir := newest(cache, arch, hash); dir != "" && !refresh { // made while this one waited for the lock
+		return dir, nil
+	}
+	return build(ctx, cache, arch, hash)
+}
+
+// build fetches, assembles and puts the finished guest in its place. The lock is held.
+func build(ctx context.Context, cache, arch, hash string) (dir string, err error) {
+	apt := apt{lists: filepath.Join(cache, "apt"), arch: arch}
+	kernel, err := apt.kernel(ctx)
+	if err != nil {
+		return "", err
+	}
+	dir = filepath.Join(cache, fmt.Sprintf("%s-%s-%s", arch, kernel.version, hash))
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	fmt.Fprintf(os.Stderr, "guest: making one of %s and busybox-static\n", kernel)
+	temp, err := os.MkdirTemp(cache, "new-")
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
+	tree, done := filepath.Join(temp, "tree"), filepath.Join(temp, "guest")
+	if err := apt.unpack(ctx, temp, tree, kernel.String(), "busybox-static"); err != nil {
+		return "", err
+	}
+	if err := os.Mkdir(done, 0o755); err != nil {
+		return "", err
+	}
+	if err := assemble(ctx, tree, done, arch); err != nil {
+		return "", err
+	}
+	return dir, os.Rename(done, dir)
+}
+
+// cacheDir gives the directory of all builds.
+func cacheDir() (string, error) {
+	dir := os.Getenv("VIRTLET_CACHE")
+	if dir == "" {
+		user, err := os.UserCacheDir()
+		if err != nil {
+			return "", fmt.Errorf("find cache directory: %w; set VIRTLET_CACHE", err)
+		}
+		dir = filepath.Join(user, "virtlet")
+	}
+	return filepath.Abs(filepath.Join(dir, "guest"))
+}
+
+// hashInputs gives the first 12 hexadecimal digits of a hash of all that is embedded, names and contents.
+func hashInputs() (string, error) {
+	h := sha256.New()
+	err := fs.WalkDir(inputs, ".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || strings.HasSuffix(path, "_test.go") {
+			return err
+		}
+		b, err := inputs.ReadFile(path)
+		fmt.Fprintf(h, "%s %d\n%s", path, len(b), b)
+		return err
+	})
+	return hex.EncodeToString(h.Sum(nil))[:12], err
+}
+
+// newest gives the build of this architecture and these inputs that was made last, "" if there is none.
+func newest(cache, arch, hash string) string {
+	dirs, _ := filepath.Glob(filepath.Join(cache, arch+"-*-"+hash)) // fails on a bad pattern only
+	if len(dirs) == 0 {
+		return ""
+	}
+	made := func(dir string) time.Time {
+		info, err := os.Stat(dir)
+		if err != nil {
+			return time.Time{}
+		}
+		return info.ModTime()
+	}
+	return slices.MaxFunc(dirs, func(a, b string) int { return made(a).Compare(made(b)) })
+}
+
+// lock waits until no other build runs. The kernel gives the lock back when the process ends, however it ends.
+func lock(path string) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return func() { f.Close() }, nil
+}

@@ -1,0 +1,133 @@
+// Package guest is for tests only: a small Linux guest that configures its NICs by DHCP and router advertisements, as
+// any distribution does, and says on its serial console what came of it.
+//
+// The guest is a Debian kernel with an initramfs; [Artifacts] gives its files and builds them when they are missing.
+// The command in build/ makes it, and the head of build/root/init lists what it understands on the kernel command line.
+// It prints a report when its NICs are ready; [ParseReport] reads it. After that the console is a shell with the prompt
+// "guest# ", port 80 serves files, and the power button ends it.
+package guest
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// Report is the state of a guest as it sees itself.
+type Report struct {
+	Hostname   string            `json:"hostname"`
+	Kernel     string            `json:"kernel"`     // its release
+	Uptime     float64           `json:"uptime"`     // seconds from the kernel's start to the report
+	Cmdline    string            `json:"cmdline"`    // the kernel's
+	ResolvConf string            `json:"resolvConf"` // /etc/resolv.conf
+	NICs       []NIC             `json:"nics"`       // in the order of PCI addresses: eth0, eth1, ...
+	Disks      []Disk            `json:"disks"`
+	Seed       map[string]string `json:"seed"` // files of the cloud-init volume, if there is one, by path
+}
+
+// NIC is one network interface: the kernel's configuration, and the lease that it comes from.
+type NIC struct {
+	Name    string         `json:"name"`
+	MAC     string         `json:"mac"`
+	MTU     int            `json:"mtu"`
+	PCI     string         `json:"pci"` // address, such as 0000:00:10.0
+	Driver  string         `json:"driver"`
+	Carrier bool           `json:"carrier"`
+	Addrs   []netip.Prefix `json:"addrs"`  // all, link-local ones included
+	Routes  []Route        `json:"routes"` // of the main table, through this NIC
+	DNS     []string       `json:"dns"`
+	Search  []string       `json:"search"`
+	Domain  string         `json:"domain"`
+	Lease   int            `json:"lease"`  // seconds, as granted
+	Events  []string       `json:"events"` // what the DHCP client saw: deconfig, bound, renew, nak, leasefail
+	// DHCP has the client's variables, such as ip, router, and opt58 (hexadecimal). It is nil without a lease.
+	DHCP map[string]string `json:"dhcp"`
+}
+
+// Route is one route. Without a gateway it is on-link.
+type Route struct {
+	Dst    netip.Prefix `json:"dst"`
+	Gw     netip.Addr   `json:"gw"`
+	Src    netip.Addr   `json:"src"`
+	Scope  string       `json:"scope"` // "link", or empty
+	Metric int          `json:"metric"`
+	MTU    int          `json:"mtu"` // 0: the NIC's
+}
+
+// Disk is one block device.
+type Disk struct {
+	Name     string `json:"name"`
+	Size     int64  `json:"size"` // bytes
+	ReadOnly bool   `json:"readOnly"`
+	Label    string `json:"label"` // of an ISO 9660 volume
+}
+
+// The lines around a report on the console.
+const (
+	begin = "=== virtlet report begin ==="
+	end   = "=== virtlet report end ==="
+)
+
+// ParseReport gives the last complete report in what a console printed. Without one, ok is false.
+func ParseReport(console []byte) (r Report, ok bool) {
+	for {
+		stop := bytes.LastIndex(console, []byte(end))
+		if stop < 0 {
+			return Report{}, false
+		}
+		console = console[:stop]
+		start := bytes.LastIndex(console, []byte(begin))
+		if start < 0 {
+			return Report{}, false
+		}
+		r = Report{}
+		if err := json.Unmarshal(console[start+len(begin):], &r); err == nil {
+			return r, true
+		}
+		console = console[:start]
+	}
+}
+
+// built is the guest in the cache, made at most once in a process.
+var built = sync.OnceValues(func() (string, error) {
+	// By its import path, which works in any directory of the module.
+	cmd := exec.Command("go", "run", "github.com/virtlet/virtlet/test/guest/build")
+	out, err := cmd.Output()
+	if exit := new(exec.ExitError); errors.As(err, &exit) {
+		err = fmt.Errorf("%w: %s", err, bytes.TrimSpace(exit.Stderr))
+	}
+	return strings.TrimSpace(string(out)), err
+})
+
+// Artifacts gives the paths of the guest's kernel and initramfs and the kernel command line to start it with, to which
+// a test may add. They are in the directory that the environment variable VIRTLET_GUEST names, or else in the cache;
+// there they are made when they are missing, which takes the network and some seconds. The test ends when that fails.
+func Artifacts(t testing.TB) (kernel, initrd, cmdline string) {
+	t.Helper()
+	dir := os.Getenv("VIRTLET_GUEST")
+	if dir == "" {
+		var err error
+		if dir, err = built(); err != nil {
+			t.Fatalf("%v\nrun `make guest` on a machine with apt-get and set VIRTLET_GUEST to a copy of what it makes", err)
+		}
+	}
+	kernel, initrd = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "initrd")
+	for _, f := range []string{kernel, initrd} {
+		if _, err := os.Stat(f); err != nil {
+			t.Fatalf("find test guest: %v; run `make guest` and set VIRTLET_GUEST to what it prints, or not at all", err)
+		}
+	}
+	line, err := os.ReadFile(filepath.Join(dir, "cmdline"))
+	if err != nil {
+		t.Fatalf("find test guest: %v; run `make guest`", err)
+	}
+	return kernel, initrd, strings.TrimSpace(string(line))
+}
