@@ -218,7 +218,7 @@ func (a *app) checkCmd() *cobra.Command {
 				}
 			}
 			if failed > 0 {
-				return fmt.Errorf("%d checks failed", failed)
+				return fmt.Errorf("checks failed: %d", failed)
 			}
 			return nil
 		},

@@ -24,6 +24,9 @@ func (a *app) psCmd() *cobra.Command {
 			all, err := a.store.List()
 			switch {
 			case a.json:
+				if all == nil {
+					all = []vm.State{}
+				}
 				if perr := a.printJSON(all); perr != nil {
 					return perr
 				}

@@ -27,12 +27,30 @@ type app struct {
 }
 
 func main() {
-	a := &app{out: os.Stdout, err: os.Stderr}
+	out := &checkedWriter{w: os.Stdout}
+	a := &app{out: out, err: os.Stderr}
 	err := a.root().Execute()
+	if err == nil && out.err != nil {
+		err = fmt.Errorf("write standard output: %w", out.err)
+	}
 	if err != nil {
 		fmt.Fprintln(a.err, "virtlet:", indent(err.Error()))
 	}
 	os.Exit(exitCode(err))
+}
+
+// checkedWriter remembers the first error, so that output that went nowhere is not called a success.
+type checkedWriter struct {
+	w   io.Writer
+	err error
+}
+
+func (c *checkedWriter) Write(b []byte) (int, error) {
+	n, err := c.w.Write(b)
+	if c.err == nil {
+		c.err = err
+	}
+	return n, err
 }
 
 // Exit codes beside 0. Those of a guest's end are for `virtlet run` without -d.
@@ -47,18 +65,22 @@ const (
 const exitHelp = `Exit codes:
   0  done; the guest shut down in order
   1  error: the message on standard error says what, where and what to do
-  2  wrong usage
+  2  wrong usage: a flag, an argument or a value
   3  the guest panicked
   4  QEMU ended unexpectedly
   5  the guest was killed by the user`
 
 func exitCode(err error) int {
 	var usage usageError
+	var wrong *vm.ConfigError
 	var end *vm.Exit
+	var remote *supervisorError
 	switch {
 	case err == nil:
 		return 0
-	case errors.As(err, &usage):
+	case errors.As(err, &remote):
+		return remote.code
+	case errors.As(err, &usage), errors.As(err, &wrong):
 		return exitUsage
 	case errors.As(err, &end):
 		return map[vm.Reason]int{vm.Panicked: exitPanicked, vm.Killed: exitKilled, vm.Failed: exitQEMU}[end.Reason]
@@ -106,9 +128,41 @@ addresses, its routes, DNS and MTU, at layer 2 and without NAT.
 	f := cmd.PersistentFlags()
 	f.StringVar(&a.store.Run, "run-dir", "/run/virtlet", "where VMs keep locks, state and sockets")
 	f.StringVar(&a.store.Data, "data-dir", "/var/lib/virtlet", "where VMs keep disks, logs and journals")
+	cmd.PersistentPreRunE = func(*cobra.Command, []string) (err error) {
+		// They are handed on to a supervisor that works elsewhere.
+		for _, dir := range []*string{&a.store.Run, &a.store.Data} {
+			if *dir, err = filepath.Abs(*dir); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
 	cmd.AddCommand(a.runCmd(), a.superviseCmd(), a.psCmd(), a.inspectCmd(), a.logsCmd(), a.consoleCmd(), a.stopCmd(),
 		a.rmCmd(), a.gcCmd(), a.checkCmd(), a.versionCmd())
+	strict(cmd)
 	return cmd
+}
+
+// strict makes cobra's own commands refuse what they do not know.
+func strict(root *cobra.Command) {
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		switch c.Name() {
+		case "completion":
+			c.Args = args(cobra.NoArgs)
+			c.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
+		case "help":
+			c.Run = nil
+			c.RunE = func(c *cobra.Command, names []string) error {
+				about, rest, err := root.Find(names)
+				if err != nil || len(rest) > 0 {
+					return usage(root, fmt.Errorf("unknown command %q", strings.Join(names, " ")))
+				}
+				return about.Help()
+			}
+		}
+	}
 }
 
 // withJSON adds the flag that makes a subcommand speak to machines.
@@ -136,6 +190,11 @@ func (a *app) vmNames(*cobra.Command, []string, string) ([]string, cobra.ShellCo
 // pluginDirs are where CNI plugins are looked for: where the user says, then where runtimes keep them, then ours.
 func pluginDirs(asked []string) []string {
 	if len(asked) > 0 {
+		for i, dir := range asked {
+			if abs, err := filepath.Abs(dir); err == nil { // it fails without a working directory alone
+				asked[i] = abs
+			}
+		}
 		return asked
 	}
 	dirs := []string{"/opt/cni/bin", "/usr/lib/cni"}

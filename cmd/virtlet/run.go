@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"time"
 
@@ -102,7 +103,7 @@ func (f *runFlags) register(fs *pflag.FlagSet) {
 // config makes the VM's configuration of the flags.
 func (f *runFlags) config(store vm.Store) (vm.Config, error) {
 	cfg := f.cfg
-	var errs []error
+	var errs, files []error
 	note := func(err error) { errs = append(errs, err) }
 	var err error
 	if cfg.Name == "" {
@@ -128,26 +129,44 @@ func (f *runFlags) config(store vm.Store) (vm.Config, error) {
 		note(err)
 	}
 	if f.userData != "" {
-		cfg.UserData, err = os.ReadFile(f.userData)
-		note(wrap("user-data", err))
+		cfg.UserData, err = readSmall(f.userData)
+		files = append(files, wrap("user-data", err))
 	}
 	for _, path := range f.sshKeys {
-		keys, err := os.ReadFile(path)
-		note(wrap("ssh-key", err))
+		keys, err := readSmall(path)
+		files = append(files, wrap("ssh-key", err))
 		cfg.SSHKeys = append(cfg.SSHKeys, string(keys))
 	}
 	if err := errors.Join(errs...); err != nil {
+		return cfg, usageError{err}
+	}
+	if err := errors.Join(files...); err != nil {
 		return cfg, err
 	}
 	cfg.Plugins = pluginDirs(f.plugins)
 	if cfg.NetNS != "" {
 		if len(f.nets.Names)+len(f.nets.Ports)+len(f.nets.IPs)+len(f.nets.MACs) > 0 || f.nets.Bandwidth != nil {
-			return cfg, errors.New("--netns joins a namespace that somebody else configured: --network, --publish, --bandwidth, --ip and --mac are his to set")
+			return cfg, usageError{errors.New("--netns joins a namespace that somebody else configured: --network, --publish, --bandwidth, --ip and --mac are his to set")}
 		}
 		return cfg, nil
 	}
 	cfg.Networks, err = store.Attachments(f.nets)
 	return cfg, err
+}
+
+// readSmall reads a file that is no image by mistake, nor a device without an end.
+func readSmall(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	const most = 1 << 20 // bytes: the limits of what it holds are lower
+	b, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err == nil && len(b) > most {
+		err = fmt.Errorf("%s is larger than %d bytes", path, most)
+	}
+	return b, err
 }
 
 func wrap(what string, err error) error {

@@ -102,6 +102,7 @@ type message struct {
 	Notes  []string      `json:"notes,omitempty"`
 	Ready  bool          `json:"ready,omitempty"` // QEMU runs
 	Error  string        `json:"error,omitempty"`
+	Code   int           `json:"code,omitempty"` // exit code of the error
 }
 
 // printProgress prints messages for people, or as JSON lines, on standard error. A step that takes long is announced.
@@ -151,7 +152,7 @@ func (a *app) runDetached(cfg vm.Config, remove bool) error {
 			return fmt.Errorf("run VM %s: its supervisor ended without a word (%w): virtlet gc cleans up", cfg.Name, err)
 		}
 		if m.Error != "" {
-			return errors.New(m.Error)
+			return &supervisorError{m.Error, m.Code}
 		}
 		print(m)
 		if !m.Ready {
@@ -164,6 +165,14 @@ func (a *app) runDetached(cfg vm.Config, remove bool) error {
 		return err
 	}
 }
+
+// supervisorError is an error of a start that happened in another process.
+type supervisorError struct {
+	text string
+	code int
+}
+
+func (e *supervisorError) Error() string { return e.text }
 
 func (a *app) superviseArgs(remove bool) []string {
 	args := []string{"supervise", "--run-dir", a.store.Run, "--data-dir", a.store.Data}
@@ -202,7 +211,7 @@ func (a *app) superviseCmd() *cobra.Command {
 				return nil
 			})
 			if err != nil && !ready {
-				report(message{Error: strings.TrimSpace(err.Error())})
+				report(message{Error: strings.TrimSpace(err.Error()), Code: exitCode(err)})
 				os.Exit(exitCode(err))
 			}
 			return err

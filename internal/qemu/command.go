@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -268,6 +269,14 @@ func opts(parts ...string) string {
 		quoted[i] = strings.ReplaceAll(p, ",", ",,")
 	}
 	return strings.Join(quoted, ",")
+}
+
+// named puts the files' names in the place of /dev/fdset/N, which is all that QEMU knows of them.
+func (c Command) named(said string) string {
+	for i, f := range slices.Backward(c.Files) { // 12 before 1
+		said = strings.ReplaceAll(said, fmt.Sprintf("/dev/fdset/%d", firstFD+i), f.Name())
+	}
+	return said
 }
 
 // String gives the command as one line for a shell. A comment at its end says what the descriptors are, which a shell

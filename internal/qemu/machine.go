@@ -18,6 +18,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"unicode"
@@ -119,6 +121,21 @@ var (
 
 // NICSlot gives the PCI slot of the caller's i-th NIC, counted from 0. Only the first MaxNICs have one.
 func NICSlot(i int) int { return slotNIC + i }
+
+// Find gives the absolute path of the program of that name or path, or of the one for arch when program is "".
+func Find(program, arch string) (string, error) {
+	if program == "" {
+		program = DefaultBinary(arch)
+	}
+	path, err := exec.LookPath(program)
+	if err == nil {
+		path, err = filepath.Abs(path)
+	}
+	if err != nil {
+		return "", fmt.Errorf("find QEMU: %w (install it: Debian's packages are qemu-system-x86 and qemu-system-arm; or name another program)", err)
+	}
+	return path, nil
+}
 
 // DefaultBinary gives the name of QEMU's program for an architecture in GOARCH's terms.
 func DefaultBinary(arch string) string {

@@ -32,6 +32,7 @@ type ProcOptions struct {
 // Process is a running QEMU. Its methods may be called by several goroutines, also after its end.
 type Process struct {
 	cmd   *exec.Cmd
+	named func(string) string
 	start uint64
 	done  chan struct{} // closed when exit is set
 	exit  Exit
@@ -103,7 +104,7 @@ func Start(c Command, o ProcOptions) (*Process, error) {
 	if err := closeOthersOnExec(); err != nil {
 		return nil, fmt.Errorf("start QEMU: %w", err)
 	}
-	p := &Process{cmd: cmd, done: make(chan struct{})}
+	p := &Process{cmd: cmd, named: c.named, done: make(chan struct{})}
 	started := make(chan error)
 	go p.run(started, last)
 	if err := <-started; err != nil {
@@ -127,7 +128,7 @@ func (p *Process) run(started chan<- error, last *tail) {
 	}
 	started <- nil
 	err := p.cmd.Wait()
-	p.exit = Exit{Code: p.cmd.ProcessState.ExitCode(), Stderr: last.String()}
+	p.exit = Exit{Code: p.cmd.ProcessState.ExitCode(), Stderr: p.named(last.String())}
 	if ws, ok := p.cmd.ProcessState.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
 		p.exit.Signal = ws.Signal()
 	}

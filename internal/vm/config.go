@@ -66,10 +66,18 @@ const (
 	defaultQueues = 8 // at most; more queues than that gain nothing and cost memory in guest and host
 )
 
+// ConfigError says what of a configuration cannot be.
+type ConfigError struct{ Err error }
+
+func (e *ConfigError) Error() string { return e.Err.Error() }
+
+// Unwrap gives the causes.
+func (e *ConfigError) Unwrap() error { return e.Err }
+
 // check fills in defaults, makes paths absolute and finds what can be found wrong without touching the machine.
 func (c *Config) check() error {
 	if err := CheckName(c.Name); err != nil {
-		return err
+		return &ConfigError{err}
 	}
 	var errs []error
 	bad := func(is bool, format string, a ...any) {
@@ -110,7 +118,8 @@ func (c *Config) check() error {
 	for _, d := range disks {
 		bad(!slices.Contains([]image.Format{"", image.Raw, image.QCOW2}, image.Format(d.Format)), "disk %s: format %q: use raw or qcow2", d.Path, d.Format)
 	}
-	if c.CNITimeout <= 0 {
+	bad(c.CNITimeout < 0, "cni-timeout %s: use a positive time", c.CNITimeout)
+	if c.CNITimeout == 0 {
 		c.CNITimeout = defaultCNI
 	}
 	if c.QEMUImg == "" {
@@ -127,7 +136,10 @@ func (c *Config) check() error {
 		}
 		*p = abs
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(errs...); err != nil {
+		return &ConfigError{err}
+	}
+	return nil
 }
 
 func (c *Config) paths() []*string {

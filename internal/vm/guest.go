@@ -48,6 +48,12 @@ func (v *VM) openMedia() (string, error) {
 	m := &media{}
 	v.media = m
 	var err error
+	if v.cfg.QEMU, err = qemu.Find(v.cfg.QEMU, arch); err != nil {
+		return "", err
+	}
+	if _, _, err := v.accel(); err != nil {
+		return "", err
+	}
 	result := v.cfg.Kernel
 	if v.cfg.Kernel != "" {
 		if m.kernel, err = image.StageKernel(v.cfg.Kernel); err != nil {

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/virtlet/virtlet/internal/cni"
 	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/podnet"
@@ -21,6 +23,7 @@ import (
 type Journal struct {
 	NetNS       string           `json:"netns,omitempty"`
 	OwnNetNS    bool             `json:"ownNetNS,omitempty"` // virtlet makes it, virtlet removes it
+	Inode       uint64           `json:"inode,omitempty"`    // of a namespace that is not virtlet's own
 	Attachments []cni.Attachment `json:"attachments,omitempty"`
 	Plugins     []string         `json:"plugins,omitempty"` // where the plugins of the attachments are
 	Network     *podnet.Record   `json:"network,omitempty"`
@@ -74,7 +77,7 @@ func (s Store) undoJournal(ctx context.Context, j Journal) (own, plugins error) 
 			return err, nil
 		}
 	}
-	if j.Network != nil && netns.Exists(j.NetNS) {
+	if j.Network != nil && j.there() {
 		own = detach(j.NetNS, *j.Network)
 	}
 	runtime := cni.Runtime{BinDirs: j.Plugins, CacheDir: s.cniCache(), Timeout: undoTimeout}
@@ -87,6 +90,12 @@ func (s Store) undoJournal(ctx context.Context, j Journal) (own, plugins error) 
 		own = errors.Join(own, netns.Remove(j.NetNS))
 	}
 	return own, plugins
+}
+
+// there says whether the namespace still is, and is the one that was meant.
+func (j *Journal) there() bool {
+	var st unix.Stat_t
+	return netns.Exists(j.NetNS) && (j.Inode == 0 || unix.Stat(j.NetNS, &st) == nil && st.Ino == j.Inode)
 }
 
 func detach(path string, rec podnet.Record) error {

@@ -37,6 +37,12 @@ func (s Store) Stop(ctx context.Context, name string, grace time.Duration) (kill
 	case Dead:
 		return false, fmt.Errorf("stop VM %q: %w: its supervisor was killed; clean up: virtlet gc", name, ErrStopped)
 	}
+	for end := time.Now().Add(time.Second); st.Supervisor.PID == 0 && time.Now().Before(end); time.Sleep(time.Millisecond) {
+		// It has just claimed the name.
+		if st, err = s.Get(name); err != nil {
+			return false, err
+		}
+	}
 	supervisor, err := open(st.Supervisor)
 	if err != nil {
 		return false, fmt.Errorf("stop VM %q: %w", name, err)

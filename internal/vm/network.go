@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/virtlet/virtlet/internal/cni"
 	"github.com/virtlet/virtlet/internal/dhcp"
 	"github.com/virtlet/virtlet/internal/netns"
@@ -28,17 +30,40 @@ func (v *VM) enter() (string, error) {
 				path, v.store.Run, filepath.Base(path))
 		}
 	}
-	if err := v.record(func(j *Journal) { j.NetNS, j.OwnNetNS, j.Plugins = path, own, v.cfg.Plugins }); err != nil {
+	var inode uint64
+	if !own {
+		var err error
+		if inode, err = foreign(path); err != nil {
+			return "", err
+		}
+	}
+	err := v.record(func(j *Journal) { j.NetNS, j.OwnNetNS, j.Inode, j.Plugins = path, own, inode, v.cfg.Plugins })
+	if err != nil {
 		return "", err
 	}
 	v.state.NetNS = path
-	var err error
 	if own {
 		v.ns, err = netns.Create(filepath.Base(path))
 	} else {
 		v.ns, err = netns.Open(path)
 	}
 	return path, err
+}
+
+// foreign checks that a namespace that is to be joined is not the node's own, and gives its inode, by which it is known
+// when the path has come to mean another.
+func foreign(path string) (uint64, error) {
+	var st, node unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return 0, fmt.Errorf("join network namespace %s: %w", path, err)
+	}
+	if err := unix.Stat("/proc/self/ns/net", &node); err != nil {
+		return 0, err
+	}
+	if st.Ino == node.Ino && st.Dev == node.Dev {
+		return 0, fmt.Errorf("join network namespace %s: it is the node's own, and a guest would take its network away; make one with `ip netns add`", path)
+	}
+	return st.Ino, nil
 }
 
 // add attaches the namespace to one CNI network.

@@ -52,7 +52,7 @@ func (s Store) Attachments(r NetworkRequest) ([]cni.Attachment, error) {
 		return nil, err
 	}
 	if len(r.IPs) > len(nets) || len(r.MACs) > len(nets) {
-		return nil, fmt.Errorf("%d networks, but --ip %d times and --mac %d times: give each at most once for every network, in their order",
+		return nil, wrong("%d networks, but --ip %d times and --mac %d times: give each at most once for every network, in their order",
 			len(nets), len(r.IPs), len(r.MACs))
 	}
 	var all []cni.Attachment
@@ -86,7 +86,7 @@ func (r NetworkRequest) address(i int, n *cni.Network, can []string, args map[st
 	if i < len(r.IPs) && r.IPs[i] != "" {
 		if _, err := netip.ParsePrefix(r.IPs[i]); err != nil {
 			if _, err := netip.ParseAddr(r.IPs[i]); err != nil {
-				return fmt.Errorf("--ip %q: use an address such as 10.1.0.5, or 10.1.0.5/24 where the network wants its mask", r.IPs[i])
+				return wrong("--ip %q: use an address such as 10.1.0.5, or 10.1.0.5/24 where the network wants its mask", r.IPs[i])
 			}
 		}
 		if !slices.Contains(can, "ips") {
@@ -97,7 +97,7 @@ func (r NetworkRequest) address(i int, n *cni.Network, can []string, args map[st
 	if i < len(r.MACs) && r.MACs[i] != "" {
 		mac, err := nic.ParseMAC(r.MACs[i])
 		if err != nil || mac[0]&1 != 0 {
-			return fmt.Errorf("--mac %q: use a unicast Ethernet address such as 02:00:5e:10:00:01", r.MACs[i])
+			return wrong("--mac %q: use a unicast Ethernet address such as 02:00:5e:10:00:01", r.MACs[i])
 		}
 		if !slices.Contains(can, "mac") {
 			return fmt.Errorf("--mac: network %q has no plugin with the mac capability", n.Name)
@@ -124,10 +124,7 @@ func (s Store) networks(r NetworkRequest) ([]*cni.Network, error) {
 	}
 	var all []*cni.Network
 	for _, name := range r.Names {
-		n, err := cni.Find(nets, bad, name)
-		if embedded := s.embedded(); err != nil && name == embedded.Name {
-			n, err = embedded, nil
-		}
+		n, err := cni.Find(append(nets, s.embedded()), bad, name)
 		if err != nil {
 			return nil, err
 		}
@@ -138,6 +135,8 @@ func (s Store) networks(r NetworkRequest) ([]*cni.Network, error) {
 
 // embedded is the network of a machine without configurations. Its leases mean nothing after a reboot.
 func (s Store) embedded() *cni.Network { return cni.Default(s.ipam()) }
+
+func wrong(format string, a ...any) error { return &ConfigError{fmt.Errorf(format, a...)} }
 
 func names(nets []*cni.Network) string {
 	var all []string

@@ -91,7 +91,7 @@ func (l lock) release() error { return l.f.Close() }
 func (s Store) create(name string) (lock, error) {
 	for _, dir := range []string{s.Run, s.Data} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
-			return lock{}, fmt.Errorf("create VM %s: %w", name, err)
+			return lock{}, fmt.Errorf("create VM %s: %w (virtlet needs root)", name, err)
 		}
 	}
 	err := os.Mkdir(s.run(name), 0o700)

@@ -110,7 +110,11 @@ func (v *VM) claim() (string, error) {
 		Config: v.cfg, Status: Starting, Created: time.Now(), NetNS: v.cfg.NetNS,
 		Supervisor: Process{PID: self, Start: qemu.StartTime(self)},
 	}
-	return v.store.run(v.cfg.Name), v.save()
+	if err := v.save(); err != nil {
+		return "", err
+	}
+	// Now that others can see ours, nobody's ports are overlooked.
+	return v.store.run(v.cfg.Name), v.store.portsFree(v.cfg)
 }
 
 func (v *VM) save() error {

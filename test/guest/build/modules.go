@@ -18,7 +18,8 @@ var wanted = []string{
 	"af_packet", // udhcpc's socket
 	"virtio_net", "virtio_blk", "virtio_rng", "virtio_console",
 	"evdev", "button", // the power button
-	"isofs", // the cloud-init seed
+	"pvpanic_mmio", // tells QEMU of a panic; the ISA device is its too
+	"isofs",        // the cloud-init seed
 	"virtio_pci",
 }
 

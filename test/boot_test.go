@@ -1,0 +1,340 @@
+package test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/virtlet/virtlet/internal/testnet"
+	"github.com/virtlet/virtlet/internal/vm"
+	"github.com/virtlet/virtlet/test/guest"
+)
+
+// Boot tests: a real kernel under QEMU on networks made by real plugins. The node is the network namespace of this
+// process.
+
+// bootTime is how long a guest may take to report. Without KVM, beside other tests, it needs some ten seconds.
+const bootTime = 3 * time.Minute
+
+// lab is a machine with virtlet on it.
+type lab struct {
+	t       *testing.T
+	bin     string
+	flags   []string
+	plugins string
+	boot    []string // flags that boot the test guest
+	cmdline string
+}
+
+func newLab(t *testing.T) *lab {
+	t.Helper()
+	testnet.NeedRoot(t)
+	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
+		t.Skip("needs QEMU: ", err)
+	}
+	kernel, initrd, cmdline := guest.Artifacts(t)
+	dir := t.TempDir()
+	l := &lab{
+		t: t, bin: filepath.Join(programs(t), "real", "virtlet"), plugins: testnet.Plugins(t), cmdline: cmdline,
+		flags: []string{"--run-dir", filepath.Join(dir, "run"), "--data-dir", filepath.Join(dir, "data")},
+		boot:  []string{"--kernel", kernel, "--initrd", initrd, "--memory", "192M"},
+	}
+	t.Cleanup(func() {
+		if names := strings.Fields(l.virtlet("ps", "-q")); len(names) > 0 {
+			if t.Failed() {
+				for _, name := range names {
+					t.Logf("console of %s:\n%s", name, l.virtlet("logs", name))
+				}
+			}
+			l.virtlet(append([]string{"rm", "-f"}, names...)...)
+		}
+	})
+	return l
+}
+
+func (l *lab) command(args ...string) *exec.Cmd {
+	return exec.Command(l.bin, append(slices.Clone(l.flags), args...)...)
+}
+
+// virtlet runs the command and gives its standard output; it must succeed.
+func (l *lab) virtlet(args ...string) string {
+	l.t.Helper()
+	var stderr bytes.Buffer
+	cmd := l.command(args...)
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		l.t.Fatalf("virtlet %q: %v\n%s", args, err, stderr.String())
+	}
+	return string(out)
+}
+
+// run gives the arguments that boot the test guest on networks of confDir; "" is a directory without any.
+func (l *lab) run(confDir, appended string, args ...string) []string {
+	if confDir == "" {
+		confDir = "/nonexistent"
+	}
+	all := append([]string{"run", "--cni-conf-dir", confDir, "--cni-bin-dir", l.plugins}, l.boot...)
+	return append(append(all, "--append", strings.TrimSpace(l.cmdline+" "+appended)), args...)
+}
+
+// report waits for what the guest of that name says of itself.
+func (l *lab) report(name string) guest.Report {
+	l.t.Helper()
+	for end := time.Now().Add(bootTime); time.Now().Before(end); time.Sleep(200 * time.Millisecond) {
+		if r, ok := guest.ParseReport([]byte(l.virtlet("logs", name))); ok {
+			return r
+		}
+	}
+	l.t.Fatalf("%s did not report within %s", name, bootTime)
+	return guest.Report{}
+}
+
+func (l *lab) state(name string) vm.State {
+	l.t.Helper()
+	var st vm.State
+	if err := json.Unmarshal([]byte(l.virtlet("inspect", "--json", name)), &st); err != nil {
+		l.t.Fatal(err)
+	}
+	return st
+}
+
+// same compares what the CNI plugins configured with what the guest has.
+func same(t *testing.T, st vm.State, r guest.Report) {
+	t.Helper()
+	if r.Hostname != st.Config.Hostname {
+		t.Errorf("host name %q, want %q", r.Hostname, st.Config.Hostname)
+	}
+	if len(r.NICs) != len(st.NICs) {
+		t.Fatalf("the guest has %d NICs, want %d", len(r.NICs), len(st.NICs))
+	}
+	for i, want := range st.NICs {
+		got := r.NICs[i]
+		if got.Name != want.Name || got.MAC != want.MAC.String() || got.MTU != want.MTU {
+			t.Errorf("NIC %d: %s %s mtu %d, want %s %s mtu %d", i, got.Name, got.MAC, got.MTU, want.Name, want.MAC, want.MTU)
+		}
+		if slot := fmt.Sprintf("0000:00:%02x.0", 0x10+i); got.PCI != slot {
+			t.Errorf("%s is at %s, want %s", want.Name, got.PCI, slot)
+		}
+		for _, p := range want.Addrs {
+			if p.Addr().Is4() && !slices.Contains(got.Addrs, p) {
+				t.Errorf("%s: addresses %v, want %s", want.Name, got.Addrs, p)
+			}
+		}
+		for _, r := range want.Routes {
+			if r.Dst.Addr().Is4() && !slices.ContainsFunc(got.Routes, func(g guest.Route) bool { return g.Dst == r.Dst && g.Gw == r.Gw }) {
+				t.Errorf("%s: routes %+v, want %s via %s", want.Name, got.Routes, r.Dst, r.Gw)
+			}
+		}
+		for _, s := range want.DNS.Servers {
+			if s.Is4() && !slices.Contains(got.DNS, s.String()) {
+				t.Errorf("%s: DNS %v, want %s", want.Name, got.DNS, s)
+			}
+		}
+		for _, d := range want.DNS.Search {
+			if !slices.Contains(got.Search, d) {
+				t.Errorf("%s: search domains %v, want %s", want.Name, got.Search, d)
+			}
+		}
+	}
+}
+
+// address gives the first IPv4 address of the i-th NIC.
+func address(t *testing.T, st vm.State, i int) netip.Addr {
+	t.Helper()
+	return testnet.Addr(t, st.NICs[i], 4)
+}
+
+// get fetches a page over HTTP from the node.
+func get(t *testing.T, host string) string {
+	t.Helper()
+	client := http.Client{Timeout: 30 * time.Second}
+	res, err := client.Get("http://" + host + "/")
+	if err != nil {
+		t.Error(err)
+		return ""
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode != http.StatusOK {
+		t.Errorf("GET %s: %s, %v", host, res.Status, err)
+	}
+	return string(b)
+}
+
+func TestBootOnTheEmbeddedNetwork(t *testing.T) {
+	l := newLab(t)
+	l.virtlet(l.run("", "", "-d", "--name", "web", "--hostname", "web-1", "-p", "8080:80", "-p", "5353:53/udp", "--cpus", "2",
+		"--dns", "192.0.2.53", "--dns-search", "example.test")...)
+	st, r := l.state("web"), l.report("web")
+	same(t, st, r)
+	if st.Ports[0].Queues != 2 {
+		t.Errorf("%d queues for 2 CPUs", st.Ports[0].Queues)
+	}
+	if len(r.NICs[0].DNS) != 1 || r.NICs[0].DNS[0] != "192.0.2.53" || !slices.Contains(r.NICs[0].Search, "example.test") {
+		t.Errorf("DNS %v, search %v", r.NICs[0].DNS, r.NICs[0].Search)
+	}
+	if kib := resident(t, st.Supervisor.PID); kib > 20<<10 {
+		t.Errorf("the supervisor has %d KiB resident, want at most 20 MiB", kib)
+	}
+	to := address(t, st, 0)
+	if out, err := exec.Command("ping", "-c", "3", "-i", "0.2", "-W", "5", to.String()).CombinedOutput(); err != nil {
+		t.Errorf("ping from the node: %v\n%s", err, out)
+	}
+	if page := get(t, to.String()); !strings.Contains(page, "web-1") {
+		t.Errorf("the guest's page is %q", page)
+	}
+	// The published port is for those outside of the node.
+	client := testnet.New(t, "client")
+	sh := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %q: %v: %s", args, err, out)
+		}
+	}
+	sh("link", "add", "up0", "type", "veth", "peer", "name", "eth0", "netns", client.Name)
+	sh("addr", "add", "192.0.2.1/24", "dev", "up0")
+	sh("link", "set", "up0", "up")
+	client.MustRun("ip", "addr", "add", "192.0.2.2/24", "dev", "eth0")
+	client.MustRun("ip", "link", "set", "eth0", "up")
+	if page := client.MustRun("curl", "-sSf", "--max-time", "30", "http://192.0.2.1:8080/"); !strings.Contains(page, "web-1") {
+		t.Errorf("at the published port is %q", page)
+	}
+	// A second guest reaches the first, and the world behind the node (masqueraded).
+	l.virtlet(l.run("", "", "-d", "--name", "second")...)
+	l.report("second")
+	if out := l.type_("second", "wget -q -O - http://"+to.String()+"/"); !strings.Contains(out, "web-1") {
+		t.Errorf("the second guest got %q from the first", out)
+	}
+	if out := l.type_("second", "ping -c 2 -W 5 192.0.2.2"); !strings.Contains(out, " 0% packet loss") {
+		t.Errorf("the second guest does not reach the client: %q", out)
+	}
+	l.virtlet("stop", "-t", "60s", "web", "second")
+	for _, name := range []string{"web", "second"} {
+		if st := l.state(name); st.Status != vm.Stopped || st.Exit.Reason != vm.Shutdown {
+			t.Errorf("%s ended as %s, %+v", name, st.Status, st.Exit)
+		}
+	}
+}
+
+// resident gives the resident memory of a process in KiB.
+func resident(t *testing.T, pid int) (kib int) {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if _, err := fmt.Sscanf(line, "VmRSS: %d kB", &kib); err == nil {
+			return kib
+		}
+	}
+	t.Fatalf("no VmRSS of process %d", pid)
+	return 0
+}
+
+// type_ types a line at a guest's console and gives what the console says until it is done.
+func (l *lab) type_(name, line string) string {
+	l.t.Helper()
+	cmd := l.command("console", name)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	defer in.Close()
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		l.t.Fatal(err)
+	}
+	defer func() { in.Close(); cmd.Process.Kill(); cmd.Wait() }()
+	time.AfterFunc(time.Minute, func() { cmd.Process.Kill() })
+	fmt.Fprintf(in, "%s; echo do''ne $?\n", line) // the echo of the line itself does not say "done"
+	var said []byte
+	buf := make([]byte, 4096)
+	for !bytes.Contains(said, []byte("\ndone ")) {
+		n, err := out.Read(buf)
+		said = append(said, buf[:n]...)
+		if err != nil {
+			l.t.Fatalf("console of %s after %q: %v: %q", name, line, err, said)
+		}
+	}
+	return string(said)
+}
+
+func TestBootOnTwoNetworks(t *testing.T) {
+	l := newLab(t)
+	conf := t.TempDir()
+	for name, subnet := range map[string]string{"blue": "198.51.100.0/24", "red": "203.0.113.0/24"} {
+		routes := `{"dst":"0.0.0.0/0"}`
+		if name == "red" {
+			routes = `{"dst":"192.0.2.0/24"}`
+		}
+		list := fmt.Sprintf(`{"cniVersion":"1.0.0","name":%q,"plugins":[{"type":"bridge","bridge":"br-%[1]s","isGateway":true,"mtu":1400,
+			"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":%q}]],"routes":[%s]}}]}`, name, filepath.Join(t.TempDir(), "ipam"), subnet, routes)
+		if err := os.WriteFile(filepath.Join(conf, name+".conflist"), []byte(list), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.virtlet(l.run(conf, "", "-d", "--name", "router", "--network", "red", "--network", "blue")...)
+	st, r := l.state("router"), l.report("router")
+	same(t, st, r)
+	if st.NICs[0].Network != "red" || st.NICs[1].Network != "blue" {
+		t.Errorf("networks in the order %s, %s", st.NICs[0].Network, st.NICs[1].Network)
+	}
+	defaults := func(n guest.NIC) bool {
+		return slices.ContainsFunc(n.Routes, func(r guest.Route) bool { return r.Dst == netip.MustParsePrefix("0.0.0.0/0") })
+	}
+	if defaults(r.NICs[0]) || !defaults(r.NICs[1]) {
+		t.Errorf("the default route is not on eth1 alone: %+v", r.NICs)
+	}
+	for i := range st.NICs {
+		to := address(t, st, i)
+		if out, err := exec.Command("ping", "-c", "2", "-i", "0.2", "-W", "5", "-M", "do", "-s", "1372", to.String()).CombinedOutput(); err != nil {
+			t.Errorf("a full-size ping to %s: %v\n%s", to, err, out)
+		}
+	}
+	l.virtlet("rm", "-f", "router")
+}
+
+// The guest's end is the command's exit code.
+func TestExitCodes(t *testing.T) {
+	l := newLab(t)
+	for appended, want := range map[string]int{"virtlet.poweroff": 0, "virtlet.panic": 3} {
+		t.Run(appended, func(t *testing.T) {
+			t.Parallel()
+			var stdout, stderr bytes.Buffer
+			cmd := l.command(l.run("", appended, "--rm", "--name", strings.ReplaceAll(appended, ".", "-"))...)
+			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			limit := time.AfterFunc(bootTime, func() { cmd.Process.Signal(vm.KillSignal) })
+			defer limit.Stop()
+			err := cmd.Wait()
+			var exit *exec.ExitError
+			if err != nil && !errors.As(err, &exit) {
+				t.Fatal(err)
+			}
+			if code := cmd.ProcessState.ExitCode(); code != want {
+				t.Errorf("exit code %d, want %d\n%s", code, want, stderr.String())
+			}
+			if _, ok := guest.ParseReport(stdout.Bytes()); !ok && want == 0 {
+				t.Errorf("no report on standard output:\n%s", stdout.String())
+			}
+		})
+	}
+}
