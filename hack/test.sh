@@ -14,4 +14,6 @@ hack/lint.sh
 if [ "$(id -u)" != 0 ]; then
 	echo "test: not root: tests that make network namespaces are skipped" >&2
 fi
+# Ratios of times say something without the race detector only, and while nothing else runs.
+go test -count=1 -run Cost ./internal/podnet
 exec go test -race -count=1 -p 2 -timeout 30m ./...

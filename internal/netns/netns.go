@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"sync"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -44,9 +45,11 @@ type NS struct {
 	calls chan func()
 	done  chan struct{} // closed when the thread has ended
 
+	rtnl *netlink.Handle
+	nft  *nftables.Conn
+
 	mu     sync.Mutex
 	closed bool
-	rtnl   *netlink.Handle
 }
 
 // Path gives the file that the namespace is pinned at.
@@ -144,21 +147,26 @@ func (n *NS) Do(fn func() error) error {
 }
 
 // Netlink gives the rtnetlink handle of the namespace. NS owns it: Close closes it.
-func (n *NS) Netlink() (*netlink.Handle, error) {
-	var h *netlink.Handle
-	err := n.Do(func() (err error) {
-		if n.rtnl == nil {
-			if n.rtnl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
-				return fmt.Errorf("open rtnetlink in %q: %w", n.path, err)
-			}
-		}
-		h = n.rtnl
-		return nil
-	})
-	return h, err
+func (n *NS) Netlink() *netlink.Handle { return n.rtnl }
+
+// Nftables gives the nftables connection of the namespace. NS owns it: Close closes it. It collects changes until they
+// are flushed, so only one at a time may use it.
+func (n *NS) Nftables() *nftables.Conn { return n.nft }
+
+// connect opens both handles. It runs inside.
+func (n *NS) connect() (err error) {
+	if n.rtnl, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return fmt.Errorf("open rtnetlink in %q: %w", n.path, err)
+	}
+	// A lasting connection keeps its socket, and so the namespace.
+	if n.nft, err = nftables.New(nftables.AsLasting()); err != nil {
+		n.rtnl.Close()
+		return fmt.Errorf("open nftables in %q: %w (needs CONFIG_NF_TABLES)", n.path, err)
+	}
+	return nil
 }
 
-// Close ends the thread and closes the netlink handle. It is safe to call again.
+// Close ends the thread and closes the handles. It is safe to call again.
 func (n *NS) Close() error {
 	n.mu.Lock()
 	if n.closed {
@@ -169,8 +177,9 @@ func (n *NS) Close() error {
 	close(n.calls)
 	n.mu.Unlock()
 	<-n.done
-	if n.rtnl != nil {
-		n.rtnl.Close()
+	n.rtnl.Close()
+	if err := n.nft.CloseLasting(); err != nil {
+		return fmt.Errorf("close nftables in %q: %w", n.path, err)
 	}
 	return nil
 }
@@ -199,7 +208,11 @@ func (n *NS) thread(enter func() error, entered chan<- error) {
 		return
 	}
 	defer close(n.done)
-	if err := enter(); err != nil {
+	err := enter()
+	if err == nil {
+		err = n.connect()
+	}
+	if err != nil {
 		entered <- err
 		return // still locked: the runtime ends this thread, whatever namespace it is in
 	}
@@ -226,12 +239,8 @@ func Dump[T any](list func() ([]T, error)) ([]T, error) {
 }
 
 func (n *NS) loopbackUp() error {
-	h, err := n.Netlink()
-	if err != nil {
-		return err
-	}
 	const loopback = 1 // LOOPBACK_IFINDEX: the kernel makes lo first in every namespace
-	if err := h.LinkSetUp(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: loopback}}); err != nil {
+	if err := n.rtnl.LinkSetUp(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: loopback}}); err != nil {
 		return fmt.Errorf("set loopback up: %w", err)
 	}
 	return nil

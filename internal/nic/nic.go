@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 )
 
 // MAC is an Ethernet address; as text it is lower-case and colon-separated.
@@ -82,6 +83,11 @@ func (n NIC) Gateway(family int) netip.Addr {
 		}
 	}
 	return netip.Addr{}
+}
+
+// HasGateway says whether a route of the given family (4 or 6) leads through a gateway.
+func (n NIC) HasGateway(family int) bool {
+	return slices.ContainsFunc(n.Routes, func(r Route) bool { return r.Gw.IsValid() && r.Gw.Is4() == (family == 4) })
 }
 
 // Route is one route of the guest through its NIC.

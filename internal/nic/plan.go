@@ -77,6 +77,8 @@ type planner struct {
 	routed map[netip.Prefix][]netip.Addr
 	// routedFamily says which families have a route in the namespace, in any table.
 	routedFamily [2]bool
+	// multipath has the routes with several next hops that were met, without their hops.
+	multipath map[KernelRoute]bool
 
 	notes    []string
 	noted    map[string]bool
@@ -101,7 +103,7 @@ type draft struct {
 }
 
 func newPlanner(snap Snapshot) *planner {
-	p := &planner{drafts: map[string]*draft{}, routed: map[netip.Prefix][]netip.Addr{}, noted: map[string]bool{}}
+	p := &planner{drafts: map[string]*draft{}, routed: map[netip.Prefix][]netip.Addr{}, multipath: map[KernelRoute]bool{}, noted: map[string]bool{}}
 	for i := range snap.Links {
 		if l := &snap.Links[i]; l.Name != "" && l.Name != loopback && p.link(l.Name) == nil {
 			p.links = append(p.links, l)

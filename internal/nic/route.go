@@ -34,10 +34,23 @@ func (p *planner) readRoutes(d *draft) {
 			p.note("interface %s: rule-based routing is not carried over: table %d", quote(d.Name), r.Table)
 		case r.Type != 0 && r.Type != typeNormal:
 			p.note("interface %s: the route to %s is not carried over: it is of type %d, not unicast", quote(d.Name), r.Dst, r.Type)
+		case r.Weight > 0 && !p.firstHop(r):
+			p.note("interface %s: the route to %s has several next hops: the guest gets the first, not %s", quote(d.Name), r.Dst, r.Gw)
 		default:
 			d.kernel = append(d.kernel, r)
 		}
 	}
+}
+
+// firstHop says whether r is the first next hop of its route that is met on any link. A guest is given one: neither
+// DHCP nor cloud-init can tell it more.
+func (p *planner) firstHop(r KernelRoute) bool {
+	r.Gw, r.Weight, r.Flags = netip.Addr{}, 0, 0
+	if p.multipath[r] {
+		return false
+	}
+	p.multipath[r] = true
+	return true
 }
 
 // linkRoutes gives the guest the routes of its link. The kernel's connected ones stay out where they follow from the

@@ -5,7 +5,8 @@ import "net/netip"
 // Snapshot is what was seen in a pod network namespace before virtlet changed anything in it: enough to plan the
 // guest's interfaces, and enough to put every link back exactly as it was. It holds nothing secret.
 type Snapshot struct {
-	Links []Link `json:"links"` // by interface index; the loopback is left out
+	Links   []Link            `json:"links"`             // by interface index; the loopback is left out
+	Sysctls map[string]string `json:"sysctls,omitempty"` // of the namespace itself, those that virtlet changes, by path below /proc/sys/net
 }
 
 // Link gives the link of that name, or nil.
@@ -49,10 +50,12 @@ type Addr struct {
 
 // KernelRoute is one unicast route as the kernel keeps it. Routes that the kernel makes by itself (local, broadcast,
 // multicast; connected ones come back with their address) are not in a snapshot, but connected ones are:
-// their protocol is RTPROT_KERNEL.
+// their protocol is RTPROT_KERNEL. A route with several next hops is as many KernelRoutes, each with its Weight, on the
+// links that the hops lead out by.
 type KernelRoute struct {
 	Dst      netip.Prefix `json:"dst"`
-	Gw       netip.Addr   `json:"gw,omitzero"`
+	Gw       netip.Addr   `json:"gw,omitzero"`      // of IPv6 also where Dst is of IPv4 (RTA_VIA)
+	Weight   int          `json:"weight,omitempty"` // share of this next hop among several, from 1; 0: it is the only one
 	Src      netip.Addr   `json:"src,omitzero"`
 	Table    int          `json:"table,omitempty"`    // RT_TABLE_*; 0 stands for main (254)
 	Protocol int          `json:"protocol,omitempty"` // RTPROT_*

@@ -1,6 +1,7 @@
 package podnet
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -10,6 +11,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/mdlayher/packet"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
@@ -17,37 +19,93 @@ import (
 	"github.com/virtlet/virtlet/internal/nic"
 )
 
-// kernel holds the two netlink sockets that changes go through.
+// kernel is what changes go through. Both handles are the namespace's own.
 type kernel struct {
-	h   *netlink.Handle // ns owns it
+	h   *netlink.Handle
 	nft *nftables.Conn
 }
 
-func open(ns *netns.NS) (*kernel, error) {
-	h, err := ns.Netlink()
-	if err != nil {
+// attempt is one Attach.
+type attempt struct {
+	kernel
+	rec  Record
+	nics []nic.NIC
+	o    Options
+
+	rtnl     *nl.SocketHandle // for set
+	taps     chan bool        // gets one value: whether all TAPs are there
+	filtered chan error       // gets one value: how laying the filters ended
+}
+
+func newAttempt(ns *netns.NS, rec Record, nics []nic.NIC, o Options) *attempt {
+	return &attempt{
+		kernel: kernel{h: ns.Netlink(), nft: ns.Nftables()}, rec: rec, nics: nics, o: o,
+		taps: make(chan bool, 1), filtered: make(chan error, 1),
+	}
+}
+
+// filter lays the filters while attach makes links. It ends before attach does.
+func (a *attempt) filter() {
+	err := a.filterLinks(a.rec.Joins, a.nics)
+	if <-a.taps && err == nil {
+		err = a.filterTaps(a.rec.Joins, a.nics)
+	}
+	a.filtered <- err
+}
+
+// attach makes the ports inside the namespace. All filters are there before the bridges are up and the first frame can
+// pass. The ports own descriptors, also beside an error.
+func (a *attempt) attach(ctx context.Context) ([]*Port, error) {
+	ports, err := a.open()
+	a.taps <- err == nil
+	bridges := make([]netlink.Link, len(ports))
+	for i, p := range ports {
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err == nil {
+			bridges[i], err = a.join(p, a.rec.Snapshot.Link(p.Join.Link))
+		}
+	}
+	if a.rtnl != nil {
+		a.rtnl.Socket.Close()
+	}
+	if err = errors.Join(err, <-a.filtered); err != nil {
+		return ports, err
+	}
+	for i, p := range ports {
+		if err := a.up(p, bridges[i], a.rec.Snapshot.Link(p.Join.Link)); err != nil {
+			return ports, fmt.Errorf("attach %s: %w", p.Join.Link, err)
+		}
+	}
+	return ports, nil
+}
+
+// open makes the namespace silent, and then the TAPs.
+func (a *attempt) open() ([]*Port, error) {
+	if err := writeSysctls(nsSysctls); err != nil {
 		return nil, err
 	}
-	k := &kernel{h: h}
-	err = ns.Do(func() (err error) {
-		// Opened on the thread inside; a lasting connection keeps its socket, and so the namespace.
-		if k.nft, err = nftables.New(nftables.AsLasting()); err != nil {
-			return fmt.Errorf("open nftables: %w (needs CONFIG_NF_TABLES)", err)
-		}
-		return nil
-	})
-	return k, err
-}
-
-func (k *kernel) close() {
-	if k.nft != nil {
-		_ = k.nft.CloseLasting() // nothing is pending on it
+	rtnl, err := nl.Subscribe(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open rtnetlink: %w", err)
 	}
+	a.rtnl = &nl.SocketHandle{Socket: rtnl}
+	ports := make([]*Port, 0, len(a.nics))
+	for i, n := range a.nics {
+		p, err := openPort(a.rec.Joins[i], n, a.o)
+		if p != nil {
+			ports = append(ports, p)
+		}
+		if err != nil {
+			return ports, fmt.Errorf("attach %s: %w", n.Name, err)
+		}
+	}
+	return ports, nil
 }
 
-// join makes the TAP and the bridge of one NIC, silences the veth and puts veth and TAP on the bridge. It runs inside
-// the namespace. A Port that is not nil owns descriptors, also beside an error.
-func (k *kernel) join(j Join, n nic.NIC, link *nic.Link, o Options) (*Port, error) {
+// openPort makes the TAP of one NIC. A Port that is not nil owns descriptors, also beside an error.
+func openPort(j Join, n nic.NIC, o Options) (*Port, error) {
 	taps, err := openTap(j.Tap, o.Queues)
 	if err != nil {
 		return nil, err
@@ -58,46 +116,69 @@ func (k *kernel) join(j Join, n nic.NIC, link *nic.Link, o Options) (*Port, erro
 			return p, err
 		}
 	}
-	tap, err := k.h.LinkByName(j.Tap)
-	if err != nil {
+	if p.tapIndex, err = ioctlLink(j.Tap); err != nil {
 		return p, fmt.Errorf("find TAP %s: %w", j.Tap, err)
 	}
-	p.tapIndex = tap.Attrs().Index
-	bridge, err := k.addBridge(j.Bridge, n.MTU)
+	return p, nil
+}
+
+// join makes the bridge of one NIC, silences the veth and puts veth and TAP on the bridge, which stays down.
+func (a *attempt) join(p *Port, link *nic.Link) (netlink.Link, error) {
+	j, mtu := p.Join, p.NIC.MTU
+	veth, tap := device(link.Index, link.Name), device(p.tapIndex, j.Tap)
+	bridge, err := a.addBridge(j.Bridge, mtu)
+	if err == nil {
+		err = run(
+			step{"set MTU of " + j.Tap + " and join it", func() error {
+				return a.set(p.tapIndex, unix.IFF_UP, attr(unix.IFLA_MTU, mtu), attr(unix.IFLA_MASTER, bridge.Attrs().Index))
+			}},
+			// A queueing discipline that orders by time stamp (fq, a common default) drops redirected and bridged
+			// packets that carry one; a TAP has its own ring and needs none.
+			step{"set queueing of " + j.Tap, func() error { return a.h.QdiscReplace(noqueue(tap)) }},
+			step{"silence " + j.Link, func() error { return a.silence(veth, link) }},
+			// The veth gives up the guest's MAC: a port's own address is a local entry in the bridge's table, and
+			// frames for it would end here.
+			step{"set MAC of " + j.Link + " and join it", func() error {
+				return a.set(link.Index, 0, nl.NewRtAttr(unix.IFLA_ADDRESS, j.Own[:]), attr(unix.IFLA_MASTER, bridge.Attrs().Index))
+			}},
+			step{"switch learning off on " + j.Link, func() error { return a.h.LinkSetLearning(veth, false) }},
+		)
+	}
 	if err != nil {
-		return p, err
+		return nil, fmt.Errorf("attach %s: %w", j.Link, err)
 	}
-	veth := device(link.Index, link.Name)
-	if err := k.silence(veth, link); err != nil {
-		return p, err
+	return bridge, nil
+}
+
+// up lets frames pass: the bridge is what was missing.
+func (a *attempt) up(p *Port, bridge netlink.Link, link *nic.Link) error {
+	if !link.Up {
+		if err := a.h.LinkSetUp(device(link.Index, link.Name)); err != nil {
+			return fmt.Errorf("set %s up: %w", link.Name, err)
+		}
 	}
-	return p, run(
-		step{"set MTU of " + j.Tap, func() error { return k.h.LinkSetMTU(tap, n.MTU) }},
-		step{"silence " + j.Tap, func() error { return writeSysctls(linkSysctls(j.Tap)) }},
-		// A queueing discipline that orders by time stamp (fq, a common default) drops redirected and bridged packets
-		// that carry one; a TAP has its own ring and needs none.
-		step{"set queueing of " + j.Tap, func() error { return k.h.QdiscReplace(noqueue(tap)) }},
-		// The veth gives up the guest's MAC: a port's own address is a local entry in the bridge's table, and frames
-		// for it would end here.
-		step{"set MAC of " + j.Link, func() error { return k.h.LinkSetHardwareAddr(veth, j.Own.HardwareAddr()) }},
-		step{"join " + j.Link, func() error { return k.port(veth, bridge) }},
-		step{"join " + j.Tap, func() error { return k.port(tap, bridge) }},
-		step{"set bridge up", func() error { return k.h.LinkSetUp(bridge) }},
-		step{"set TAP up", func() error { return k.h.LinkSetUp(tap) }},
-		step{"set veth up", func() error { return k.h.LinkSetUp(veth) }},
-	)
+	if err := a.h.LinkSetUp(bridge); err != nil {
+		return fmt.Errorf("set %s up: %w", p.Join.Bridge, err)
+	}
+	return nil
 }
 
 // addBridge makes a bridge that is no more than a wire: it does not snoop (it would drop neighbour discovery without a
-// querier), does not run STP (the kernel's default), and speaks no IP itself.
+// querier), does not run STP (the kernel's default), and learns nothing (an ageing time of 0). With two ports there is
+// nothing to learn, and what could be learned is wrong: a hairpin port of the plugin's bridge sends the guest's own
+// broadcasts back, which would move the guest's MAC to the veth side; and a guest could fill the table.
 func (k *kernel) addBridge(name string, mtu int) (netlink.Link, error) {
-	snooping := false
-	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name, MTU: mtu, TxQLen: -1}, MulticastSnooping: &snooping}
-	if err := k.h.LinkAdd(br); err != nil {
+	index, err := ioctlLink(name, unix.SIOCBRADDBR)
+	if err != nil {
 		return nil, fmt.Errorf("add bridge %s: %w (needs CONFIG_BRIDGE and CAP_NET_ADMIN)", name, err)
 	}
-	if err := writeSysctls(linkSysctls(name)); err != nil {
-		return nil, fmt.Errorf("silence %s: %w", name, err)
+	snooping, ageing := false, uint32(0)
+	br := &netlink.Bridge{
+		LinkAttrs:         netlink.LinkAttrs{Index: index, Name: name, MTU: mtu, TxQLen: -1},
+		MulticastSnooping: &snooping, AgeingTime: &ageing,
+	}
+	if err := k.h.LinkModify(br); err != nil {
+		return nil, fmt.Errorf("set up bridge %s: %w", name, err)
 	}
 	return br, nil
 }
@@ -106,7 +187,7 @@ func (k *kernel) addBridge(name string, mtu int) (netlink.Link, error) {
 // answering on it. IPv6 goes first: switching it off removes its addresses in one step.
 func (k *kernel) silence(veth netlink.Link, link *nic.Link) error {
 	if err := writeSysctls(linkSysctls(link.Name)); err != nil {
-		return fmt.Errorf("silence %s: %w", link.Name, err)
+		return err
 	}
 	for _, a := range link.Addrs {
 		if !a.Prefix.Addr().Is4() {
@@ -115,21 +196,27 @@ func (k *kernel) silence(veth netlink.Link, link *nic.Link) error {
 		err := k.h.AddrDel(veth, &netlink.Addr{IPNet: ipNet(a.Prefix), Peer: peer(a)})
 		// A secondary address goes with its primary.
 		if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-			return fmt.Errorf("take address %s from %s: %w", a.Prefix, link.Name, err)
+			return fmt.Errorf("take address %s away: %w", a.Prefix, err)
 		}
 	}
-	return writeSysctls(nsSysctls)
+	return nil
 }
 
-// port puts a link on the bridge with learning off. With two ports there is nothing to learn, and what could be
-// learned is wrong: a hairpin port of the plugin's bridge sends the guest's own broadcasts back, which would move the
-// guest's MAC to the veth side; and a guest could fill the table.
-func (k *kernel) port(link, bridge netlink.Link) error {
-	if err := k.h.LinkSetMasterByIndex(link, bridge.Attrs().Index); err != nil {
-		return err
+// set changes several things of a link in one message, which the library has no call for. flags are those to be set.
+func (a *attempt) set(index int, flags uint32, attrs ...*nl.RtAttr) error {
+	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: a.rtnl}
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index, msg.Flags, msg.Change = int32(index), flags, flags
+	req.AddData(msg)
+	for _, at := range attrs {
+		req.AddData(at)
 	}
-	return k.h.LinkSetLearning(link, false)
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
 }
+
+func attr(kind, value int) *nl.RtAttr { return nl.NewRtAttr(kind, nl.Uint32Attr(uint32(value))) }
 
 // Listen opens a packet socket on the TAP: it hears what the guest sends, before any filter and before the bridge, and
 // what is written to it reaches the guest alone. The filter is the kernel's, applied before the first frame. The
@@ -180,6 +267,26 @@ func openTap(name string, queues int) ([]*os.File, error) {
 	return files, nil
 }
 
+// ioctlLink does the operations that take no more than a link's name (netdevice(7)), and gives the index of the link.
+// By ioctl: rtnetlink's answer would carry all that there is to say about it, and the library waits for that.
+func ioctlLink(name string, before ...uint) (int, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq(name)
+	for _, op := range append(before, unix.SIOCGIFINDEX) {
+		if err == nil {
+			err = unix.IoctlIfreq(fd, op, req)
+		}
+	}
+	if err != nil {
+		return 0, err
+	}
+	return int(req.Uint32()), nil
+}
+
 // openVhost opens the kernel's virtio-net back end n times, or not at all where the machine has none.
 func openVhost(n int) ([]*os.File, error) {
 	var files []*os.File
@@ -221,6 +328,7 @@ func run(steps ...step) error {
 	return nil
 }
 
+// device stands for a link of which no more than this is known.
 func device(index int, name string) netlink.Link {
 	return &netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Index: index, Name: name}}
 }

@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"slices"
 
-	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -18,12 +18,8 @@ import (
 // the Record alone, takes what is gone already as done, never stops early, and may be called again. QEMU must have
 // ended: a guest still running loses its network.
 func Detach(ns *netns.NS, rec Record) error {
-	k, err := open(ns)
-	if err != nil {
-		return fmt.Errorf("detach: %w", err)
-	}
-	defer k.close()
-	errs := []error{ns.Do(func() error { return k.remove(rec) })}
+	k := &kernel{h: ns.Netlink(), nft: ns.Nftables()}
+	errs := []error{k.removeFilters(), k.removeLinks(rec)}
 	// What is left to put back differs from what was seen at the start.
 	now, err := Observe(ns)
 	if err != nil {
@@ -53,7 +49,7 @@ func Detach(ns *netns.NS, rec Record) error {
 				errs = append(errs, fmt.Errorf("restore %s: %w", j.Link, err))
 			}
 		}
-		return errors.Join(append(errs, writeSysctls(rec.Sysctls))...)
+		return errors.Join(append(errs, k.restoreMultipath(rec, &now), writeSysctls(rec.Snapshot.Sysctls))...)
 	}))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("detach: %w", err)
@@ -61,13 +57,9 @@ func Detach(ns *netns.NS, rec Record) error {
 	return nil
 }
 
-// remove deletes the filters, bridges and TAPs of Attach.
-func (k *kernel) remove(rec Record) error {
-	k.nft.DelTable(&nftables.Table{Name: tableName, Family: nftables.TableFamilyNetdev})
+// removeLinks deletes the bridges and TAPs of Attach.
+func (k *kernel) removeLinks(rec Record) error {
 	var errs []error
-	if err := k.nft.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-		errs = append(errs, fmt.Errorf("remove filters: %w", err))
-	}
 	for _, j := range rec.Joins {
 		for name, kind := range map[string]string{j.Bridge: "bridge", j.Tap: "tuntap"} {
 			link, err := k.h.LinkByName(name)
@@ -131,17 +123,61 @@ func (k *kernel) restoreRoutes(want, is *nic.Link) error {
 		}
 	}
 	for _, r := range is.Routes {
-		if !slices.Contains(want.Routes, r) {
+		if r.Weight == 0 && !slices.Contains(want.Routes, r) {
 			if err := k.h.RouteDel(kernelRoute(r, is.Index)); err != nil && !errors.Is(err, unix.ESRCH) {
 				errs = append(errs, fmt.Errorf("remove route to %s: %w", r.Dst, err))
 			}
 		}
 	}
-	missing := slices.DeleteFunc(slices.Clone(want.Routes), func(r nic.KernelRoute) bool { return slices.Contains(is.Routes, r) })
+	missing := slices.DeleteFunc(slices.Clone(want.Routes), func(r nic.KernelRoute) bool {
+		return r.Weight > 0 || slices.Contains(is.Routes, r)
+	})
 	slices.SortStableFunc(missing, func(a, b nic.KernelRoute) int { return hops(a) - hops(b) })
 	for _, r := range missing {
 		if err := k.h.RouteAdd(kernelRoute(r, is.Index)); err != nil && !errors.Is(err, unix.EEXIST) {
 			errs = append(errs, fmt.Errorf("add route to %s: %w", r.Dst, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// restoreMultipath puts back the routes with several next hops, which may lead out by several links, each as a whole.
+func (k *kernel) restoreMultipath(rec Record, now *nic.Snapshot) error {
+	type group struct {
+		hops    []*netlink.NexthopInfo
+		missing bool
+	}
+	groups := map[nic.KernelRoute]*group{}
+	for i := range rec.Snapshot.Links {
+		want := &rec.Snapshot.Links[i]
+		is := now.Link(want.Name)
+		if is == nil || is.Index != want.Index {
+			continue
+		}
+		for _, r := range want.Routes {
+			if r.Weight == 0 {
+				continue
+			}
+			key := r
+			key.Gw, key.Weight, key.Flags = netip.Addr{}, 0, 0
+			if groups[key] == nil {
+				groups[key] = &group{}
+			}
+			g, hop := groups[key], &netlink.NexthopInfo{LinkIndex: is.Index, Hops: r.Weight - 1, Flags: r.Flags}
+			hop.Gw, hop.Via = nextHop(r)
+			g.hops = append(g.hops, hop)
+			g.missing = g.missing || !slices.Contains(is.Routes, r)
+		}
+	}
+	var errs []error
+	for key, g := range groups {
+		if !g.missing {
+			continue
+		}
+		route := kernelRoute(key, 0)
+		route.MultiPath = g.hops
+		if err := k.h.RouteReplace(route); err != nil {
+			errs = append(errs, fmt.Errorf("add route to %s by %d next hops: %w", key.Dst, len(g.hops), err))
 		}
 	}
 	return errors.Join(errs...)
@@ -173,11 +209,20 @@ func kernelRoute(r nic.KernelRoute, index int) *netlink.Route {
 		LinkIndex: index, Dst: ipNet(r.Dst), Table: r.Table, Protocol: netlink.RouteProtocol(r.Protocol),
 		Scope: netlink.Scope(r.Scope), Type: r.Type, Flags: r.Flags, Priority: r.Metric, MTU: r.MTU, AdvMSS: r.AdvMSS,
 	}
-	if r.Gw.IsValid() {
-		out.Gw = r.Gw.AsSlice()
-	}
+	out.Gw, out.Via = nextHop(r)
 	if r.Src.IsValid() {
 		out.Src = r.Src.AsSlice()
 	}
 	return out
+}
+
+// nextHop gives the gateway as the kernel wants it: RTA_GATEWAY, or RTA_VIA where its family is another.
+func nextHop(r nic.KernelRoute) (net.IP, netlink.Destination) {
+	switch {
+	case !r.Gw.IsValid():
+		return nil, nil
+	case r.Dst.Addr().Is4() && r.Gw.Is6():
+		return nil, &netlink.Via{AddrFamily: unix.AF_INET6, Addr: r.Gw.AsSlice()}
+	}
+	return r.Gw.AsSlice(), nil
 }

@@ -18,10 +18,7 @@ import (
 // Observe reads the links of the namespace with their addresses, routes and the settings that Attach would change.
 // It changes nothing.
 func Observe(ns *netns.NS) (nic.Snapshot, error) {
-	h, err := ns.Netlink()
-	if err != nil {
-		return nic.Snapshot{}, fmt.Errorf("observe namespace: %w", err)
-	}
+	h := ns.Netlink()
 	links, err := netns.Dump(h.LinkList)
 	if err != nil {
 		return nic.Snapshot{}, fmt.Errorf("observe namespace: list links: %w", err)
@@ -69,21 +66,15 @@ func snapshot(ns *netns.NS, links []netlink.Link, addrs []netlink.Addr, routes [
 			}
 		}
 		for _, r := range routes {
-			if kr, ok := route(r, a.Index); ok {
-				link.Routes = append(link.Routes, kr)
-			}
+			link.Routes = append(link.Routes, through(r, a.Index)...)
 		}
 		s.Links = append(s.Links, link)
 	}
 	return s, ns.Do(func() error {
+		s.Sysctls = readSysctls(nsSysctls)
 		for i := range s.Links {
-			for path := range linkSysctls(s.Links[i].Name) {
-				if v, err := readSysctl(path); err == nil {
-					if s.Links[i].Sysctls == nil {
-						s.Links[i].Sysctls = map[string]string{}
-					}
-					s.Links[i].Sysctls[path] = v
-				}
+			if found := readSysctls(linkSysctls(s.Links[i].Name)); len(found) > 0 {
+				s.Links[i].Sysctls = found
 			}
 		}
 		return nil
@@ -114,37 +105,48 @@ func address(a netlink.Addr) nic.Addr {
 	return out
 }
 
-// route gives the part of r that goes out by the link of that index, and false for routes that the kernel keeps by
-// itself: local and broadcast ones and IPv6's multicast ones, all in table local.
-func route(r netlink.Route, index int) (nic.KernelRoute, bool) {
+// through gives the parts of r that go out by the link of that index; none of routes that the kernel keeps by itself:
+// local and broadcast ones and IPv6's multicast ones, all in table local.
+func through(r netlink.Route, index int) []nic.KernelRoute {
 	if r.Table == unix.RT_TABLE_LOCAL || r.Type != unix.RTN_UNICAST {
-		return nic.KernelRoute{}, false
+		return nil
 	}
-	out := nic.KernelRoute{
-		Table: r.Table, Protocol: int(r.Protocol), Scope: int(r.Scope), Type: r.Type,
-		Flags: r.Flags & unix.RTNH_F_ONLINK, Metric: r.Priority, MTU: r.MTU, AdvMSS: r.AdvMSS,
+	base := nic.KernelRoute{
+		Table: r.Table, Protocol: int(r.Protocol), Scope: int(r.Scope), Type: r.Type, Metric: r.Priority, MTU: r.MTU, AdvMSS: r.AdvMSS,
 	}
 	switch {
 	case r.Dst != nil:
-		out.Dst = prefix(r.Dst)
+		base.Dst = prefix(r.Dst)
 	case r.Family == netlink.FAMILY_V6:
-		out.Dst = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		base.Dst = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 	default:
-		out.Dst = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+		base.Dst = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
 	}
 	if src, ok := netip.AddrFromSlice(r.Src); ok {
-		out.Src = src.Unmap()
+		base.Src = src.Unmap()
 	}
-	gw, ok := r.Gw, r.LinkIndex == index
-	for _, hop := range r.MultiPath {
-		if hop.LinkIndex == index {
-			gw, ok = hop.Gw, true
+	var out []nic.KernelRoute
+	hop := func(link int, gw net.IP, via netlink.Destination, flags, weight int) {
+		if link != index {
+			return
 		}
+		kr := base
+		kr.Flags, kr.Weight = flags&unix.RTNH_F_ONLINK, weight
+		if v, ok := via.(*netlink.Via); ok {
+			gw = v.Addr
+		}
+		if a, ok := netip.AddrFromSlice(gw); ok {
+			kr.Gw = a.Unmap()
+		}
+		out = append(out, kr)
 	}
-	if a, valid := netip.AddrFromSlice(gw); valid {
-		out.Gw = a.Unmap()
+	if len(r.MultiPath) == 0 {
+		hop(r.LinkIndex, r.Gw, r.Via, r.Flags, 0)
 	}
-	return out, ok
+	for _, h := range r.MultiPath {
+		hop(h.LinkIndex, h.Gw, h.Via, h.Flags, h.Hops+1) // rtnh_hops is the weight less one
+	}
+	return out
 }
 
 func prefix(n *net.IPNet) netip.Prefix {

@@ -35,9 +35,8 @@ type Options struct {
 
 // Record is what Detach needs to put a namespace back. It is written before Attach changes anything.
 type Record struct {
-	Snapshot nic.Snapshot      `json:"snapshot"`
-	Joins    []Join            `json:"joins"`
-	Sysctls  map[string]string `json:"sysctls,omitempty"` // of the namespace itself, as they were; by path below /proc/sys/net
+	Snapshot nic.Snapshot `json:"snapshot"`
+	Joins    []Join       `json:"joins"`
 }
 
 // Join names the links of one NIC.
@@ -79,35 +78,24 @@ func Attach(ctx context.Context, ns *netns.NS, snap nic.Snapshot, nics []nic.NIC
 	if o.Queues < 1 {
 		o.Queues = 1
 	}
-	rec, err := plan(ns, snap, nics)
+	rec, err := plan(snap, nics)
 	if err != nil {
 		return nil, err
 	}
 	if err := journal(rec); err != nil {
 		return nil, fmt.Errorf("record the network before changing it: %w", err)
 	}
-	k, err := open(ns)
-	if err != nil {
-		return nil, err
-	}
-	defer k.close()
-	ports := make([]*Port, 0, len(nics))
+	a := newAttempt(ns, rec, nics, o)
+	go a.filter() // attach waits for it
+	var ports []*Port
+	// One visit to the namespace's thread: waking it is what costs on a busy machine.
 	err = ns.Do(func() error {
-		for i, n := range nics {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			p, err := k.join(rec.Joins[i], n, snap.Link(n.Name), o)
-			if p != nil {
-				p.ns = ns
-				ports = append(ports, p)
-			}
-			if err != nil {
-				return fmt.Errorf("attach %s: %w", n.Name, err)
-			}
-		}
-		return k.filter(rec.Joins, nics)
+		ports, err = a.attach(ctx)
+		return err
 	})
+	for _, p := range ports {
+		p.ns = ns
+	}
 	if err == nil {
 		return ports, nil
 	}
@@ -117,9 +105,9 @@ func Attach(ctx context.Context, ns *netns.NS, snap nic.Snapshot, nics []nic.NIC
 	return nil, errors.Join(err, Detach(ns, rec))
 }
 
-// plan decides names and reads what Attach is about to change. It changes nothing.
-func plan(ns *netns.NS, snap nic.Snapshot, nics []nic.NIC) (Record, error) {
-	rec := Record{Snapshot: snap, Sysctls: map[string]string{}}
+// plan decides names. It changes nothing.
+func plan(snap nic.Snapshot, nics []nic.NIC) (Record, error) {
+	rec := Record{Snapshot: snap}
 	for i, n := range nics {
 		if n.VF != nil {
 			return Record{}, fmt.Errorf("attach %s: SR-IOV function %s: passthrough is not served yet; leave its network out", n.Name, n.VF.BDF)
@@ -135,14 +123,7 @@ func plan(ns *netns.NS, snap nic.Snapshot, nics []nic.NIC) (Record, error) {
 		}
 		rec.Joins = append(rec.Joins, j)
 	}
-	return rec, ns.Do(func() error {
-		for path := range nsSysctls {
-			if v, err := readSysctl(path); err == nil {
-				rec.Sysctls[path] = v
-			}
-		}
-		return nil
-	})
+	return rec, nil
 }
 
 const (
@@ -159,28 +140,42 @@ func ownMAC(guest nic.MAC) nic.MAC {
 	return own
 }
 
-// nsSysctls are settings of the namespace that Attach changes: with br_netfilter in the kernel, bridged frames of the
-// guest would go through the namespace's iptables and conntrack, which drop IPv6 neighbour discovery at times.
+// nsSysctls are settings of the namespace that Attach changes before it makes a link. With br_netfilter in the kernel,
+// bridged frames of the guest would go through the namespace's iptables and conntrack, which drop IPv6 neighbour
+// discovery at times. The others keep the namespace's own stack silent: bridges and TAPs are born without IPv6, and no
+// link answers ARP for a local address (8, Documentation/networking/ip-sysctl; of "all" and the link's own the larger
+// counts).
 var nsSysctls = map[string]string{
+	"ipv6/conf/default/disable_ipv6":  "1",
+	"ipv4/conf/all/arp_ignore":        "8",
 	"bridge/bridge-nf-call-iptables":  "0",
 	"bridge/bridge-nf-call-ip6tables": "0",
 	"bridge/bridge-nf-call-arptables": "0",
 }
 
-// linkSysctls are settings of a link that keep the namespace's own stack silent on it. The value of arp_ignore is from
-// Documentation/networking/ip-sysctl: 8 answers for no local address.
+// linkSysctls are settings of a link that is there already and is to be silent.
 func linkSysctls(link string) map[string]string {
-	return map[string]string{
-		"ipv6/conf/" + link + "/disable_ipv6": "1",
-		"ipv4/conf/" + link + "/arp_ignore":   "8",
-	}
+	return map[string]string{"ipv6/conf/" + link + "/disable_ipv6": "1"}
 }
 
 const sysctlRoot = "/proc/sys/net/" // resolved in the network namespace of the reading thread
 
-func readSysctl(path string) (string, error) {
-	b, err := os.ReadFile(sysctlRoot + path)
-	return strings.TrimSpace(string(b)), err
+// readSysctls gives those of the settings that the kernel has. The files are opened by system calls alone: the poller
+// that os.File goes by costs more than the reading.
+func readSysctls(settings map[string]string) map[string]string {
+	found := map[string]string{}
+	for path := range settings {
+		fd, err := unix.Open(sysctlRoot+path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			continue
+		}
+		var b [32]byte // of one integer
+		if n, err := unix.Read(fd, b[:]); err == nil {
+			found[path] = strings.TrimSpace(string(b[:n]))
+		}
+		unix.Close(fd)
+	}
+	return found
 }
 
 // writeSysctl sets one value; a kernel without the setting has nothing to be silenced.

@@ -5,121 +5,21 @@ import (
 	"encoding/json"
 	"errors"
 	"net/netip"
-	"os"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/vishvananda/netlink"
 
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
 
-var (
-	gw4, gw6 = netip.MustParsePrefix("198.51.100.1/24"), netip.MustParsePrefix("2001:db8:100::1/64")
-	ip4, ip6 = netip.MustParsePrefix("198.51.100.2/24"), netip.MustParsePrefix("2001:db8:100::2/64")
-	mac      = nic.MAC{0x02, 0x11, 0x22, 0x33, 0x44, 0x55}
-)
-
-func dualStack() testnet.PodSpec {
-	return testnet.PodSpec{
-		MAC: mac, MTU: 1450, Addrs: []netip.Prefix{ip4, ip6},
-		Routes: []netlink.Route{testnet.Via("0.0.0.0/0", "198.51.100.1"), testnet.Via("::/0", "2001:db8:100::1")},
-	}
-}
-
-func noJournal(Record) error { return nil }
-
-// attached is a pod after Attach.
-type attached struct {
-	before nic.Snapshot
-	nics   []nic.NIC
-	rec    Record
-	ports  []*Port
-}
-
-func attach(t testing.TB, pod *testnet.Namespace, o Options) attached {
-	t.Helper()
-	a, err := tryAttach(pod, o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		for _, p := range a.ports {
-			p.Close()
-		}
-	})
-	return a
-}
-
-func tryAttach(pod *testnet.Namespace, o Options) (a attached, err error) {
-	if a.before, err = Observe(pod.NS); err != nil {
-		return a, err
-	}
-	a.nics = plainNICs(a.before)
-	a.ports, err = Attach(context.Background(), pod.NS, a.before, a.nics, o, func(r Record) error { a.rec = r; return nil })
-	return a, err
-}
-
-// plainNICs is as much of a plan as these tests need, so that they do not depend on package nic's rules.
-func plainNICs(s nic.Snapshot) []nic.NIC {
-	var out []nic.NIC
-	for _, l := range s.Links {
-		n := nic.NIC{Name: l.Name, MAC: l.MAC, MTU: min(l.MTU, 65521)}
-		for _, a := range l.Addrs {
-			if !a.Prefix.Addr().IsLinkLocalUnicast() {
-				n.Addrs = append(n.Addrs, a.Prefix)
-			}
-		}
-		for _, gateway := range []bool{false, true} {
-			for _, r := range l.Routes {
-				if r.Protocol != 2 && r.Gw.IsValid() == gateway {
-					n.Routes = append(n.Routes, nic.Route{Dst: r.Dst, Gw: r.Gw})
-				}
-			}
-		}
-		out = append(out, n)
-	}
-	return out
-}
-
-// settled compares snapshots but for what the kernel changes by itself: the order of addresses.
-var settled = cmp.Options{
-	cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
-	cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
-	cmpopts.SortSlices(func(a, b nic.Addr) bool { return a.Prefix.String() < b.Prefix.String() }),
-	cmpopts.SortSlices(func(a, b nic.KernelRoute) bool {
-		return a.Dst.String()+a.Gw.String()+string(rune(a.Table)) < b.Dst.String()+b.Gw.String()+string(rune(b.Table))
-	}),
-}
-
-func observe(t testing.TB, n *testnet.Namespace) nic.Snapshot {
-	t.Helper()
-	s, err := Observe(n.NS)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
-// quiet waits until duplicate address detection has ended on every link.
-func quiet(t testing.TB, n *testnet.Namespace) {
-	t.Helper()
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		if out := n.MustRun("ip", "-6", "addr", "show", "tentative"); out == "" {
-			return
-		}
-	}
-	t.Fatal("addresses stay tentative")
-}
-
 func TestAttachGivesTheGuestThePodsNetwork(t *testing.T) {
+	t.Parallel()
 	node := testnet.NewNode(t, gw4, gw6)
-	pod, _ := node.AddPod(t, dualStack())
-	peer, _ := node.AddPod(t, testnet.PodSpec{Addrs: []netip.Prefix{netip.MustParsePrefix("198.51.100.3/24"), netip.MustParsePrefix("2001:db8:100::3/64")}})
+	pod, _ := addPod(t, node, dualStack())
+	peer, _ := addPod(t, node, testnet.PodSpec{Addrs: []netip.Prefix{netip.MustParsePrefix("198.51.100.3/24"), netip.MustParsePrefix("2001:db8:100::3/64")}})
 	a := attach(t, pod, Options{})
 	guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
 	guest.Configure(a.nics[0])
@@ -147,8 +47,9 @@ func TestAttachGivesTheGuestThePodsNetwork(t *testing.T) {
 }
 
 func TestAttachState(t *testing.T) {
+	t.Parallel()
 	node := testnet.NewNode(t, gw4)
-	pod, _ := node.AddPod(t, dualStack())
+	pod, _ := addPod(t, node, dualStack())
 	a := attach(t, pod, Options{Queues: 4, Vhost: true})
 	if n := len(a.ports[0].Taps); n != 4 {
 		t.Errorf("%d TAP descriptors, want 4", n)
@@ -170,9 +71,12 @@ func TestAttachState(t *testing.T) {
 		if !l.Up {
 			t.Errorf("%s is down", l.Name)
 		}
-		if l.Sysctls["ipv6/conf/"+l.Name+"/disable_ipv6"] != "1" || l.Sysctls["ipv4/conf/"+l.Name+"/arp_ignore"] != "8" {
+		if l.Sysctls["ipv6/conf/"+l.Name+"/disable_ipv6"] != "1" {
 			t.Errorf("%s is not silenced: %v", l.Name, l.Sysctls)
 		}
+	}
+	if now.Sysctls["ipv4/conf/all/arp_ignore"] != "8" {
+		t.Errorf("the namespace answers ARP: %v", now.Sysctls)
 	}
 	join := a.rec.Joins[0]
 	for _, port := range []string{join.Link, join.Tap} {
@@ -180,14 +84,14 @@ func TestAttachState(t *testing.T) {
 		if l == nil || l.Master != join.Bridge {
 			t.Fatalf("%s is not on the bridge: %+v", port, l)
 		}
-		if out := pod.MustRun("bridge", "-d", "link", "show", "dev", port); !strings.Contains(out, "learning off") {
-			t.Errorf("%s learns: %s", port, out)
-		}
+	}
+	if out := pod.MustRun("bridge", "-d", "link", "show", "dev", join.Link); !strings.Contains(out, "learning off") {
+		t.Errorf("%s learns: %s", join.Link, out)
 	}
 	if out := pod.MustRun("tc", "qdisc", "show", "dev", join.Tap); !strings.Contains(out, "noqueue") {
 		t.Errorf("TAP queues by %s", out)
 	}
-	if out := pod.MustRun("ip", "-d", "link", "show", join.Bridge); !strings.Contains(out, "mcast_snooping 0") || !strings.Contains(out, "stp_state 0") {
+	if out := pod.MustRun("ip", "-d", "link", "show", join.Bridge); !strings.Contains(out, "mcast_snooping 0") || !strings.Contains(out, "stp_state 0") || !strings.Contains(out, "ageing_time 0") {
 		t.Errorf("bridge is more than a wire: %s", out)
 	}
 }
@@ -219,6 +123,23 @@ func TestDetachRestoresExactly(t *testing.T) {
 			pod.MustRun("ip", "route", "add", "192.0.2.0/24", "via", "203.0.113.1", "dev", "eth0", "onlink", "table", "100")
 			pod.MustRun("ip", "route", "add", "default", "via", "198.51.100.1", "table", "100", "advmss", "1300")
 		},
+		"IPv4 by an IPv6 gateway": func(t *testing.T, _ *testnet.Node, pod *testnet.Namespace) {
+			pod.MustRun("ip", "route", "add", "192.0.2.0/24", "via", "inet6", "fe80::1", "dev", "eth0")
+			pod.MustRun("ip", "route", "replace", "default", "via", "inet6", "2001:db8:100::1", "dev", "eth0", "metric", "7")
+		},
+		"several next hops": func(t *testing.T, _ *testnet.Node, pod *testnet.Namespace) {
+			pod.MustRun("ip", "route", "add", "192.0.2.0/24", "metric", "5",
+				"nexthop", "via", "198.51.100.1", "dev", "eth0", "weight", "3",
+				"nexthop", "via", "198.51.100.9", "dev", "eth0",
+				"nexthop", "via", "inet6", "fe80::1", "dev", "eth0")
+			pod.MustRun("ip", "-6", "route", "add", "2001:db8:300::/64",
+				"nexthop", "via", "2001:db8:100::1", "dev", "eth0", "nexthop", "via", "2001:db8:100::9", "dev", "eth0")
+		},
+		"next hops on two links": func(t *testing.T, node *testnet.Node, pod *testnet.Namespace) {
+			node.AddLink(t, pod, testnet.PodSpec{Name: "net1", Addrs: []netip.Prefix{netip.MustParsePrefix("203.0.113.5/24")}})
+			pod.MustRun("ip", "route", "add", "192.0.2.0/24",
+				"nexthop", "via", "198.51.100.1", "dev", "eth0", "nexthop", "via", "203.0.113.1", "dev", "net1", "onlink")
+		},
 		"no IPv6": func(t *testing.T, _ *testnet.Node, pod *testnet.Namespace) {
 			pod.Sysctl("ipv6/conf/eth0/disable_ipv6", "1")
 		},
@@ -241,8 +162,9 @@ func TestDetachRestoresExactly(t *testing.T) {
 	}
 	for name, shape := range shapes {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			node := testnet.NewNode(t, gw4, gw6)
-			pod, _ := node.AddPod(t, dualStack())
+			pod, _ := addPod(t, node, dualStack())
 			shape(t, node, pod)
 			quiet(t, pod)
 			a := attach(t, pod, Options{})
@@ -274,7 +196,36 @@ func TestDetachRestoresExactly(t *testing.T) {
 	}
 }
 
+// Next hops that are not one gateway of the route's own family are seen as what they are.
+func TestObserveNextHops(t *testing.T) {
+	t.Parallel()
+	node := testnet.NewNode(t, gw4, gw6)
+	pod, _ := addPod(t, node, dualStack())
+	pod.MustRun("ip", "route", "add", "192.0.2.0/25", "via", "inet6", "fe80::1", "dev", "eth0")
+	pod.MustRun("ip", "route", "add", "192.0.2.128/25",
+		"nexthop", "via", "198.51.100.1", "dev", "eth0", "weight", "3", "nexthop", "via", "198.51.100.9", "dev", "eth0")
+	type hop struct {
+		Gw     string
+		Weight int
+	}
+	got := map[string][]hop{}
+	snap := observe(t, pod)
+	for _, r := range snap.Link("eth0").Routes {
+		got[r.Dst.String()] = append(got[r.Dst.String()], hop{r.Gw.String(), r.Weight})
+	}
+	for dst, want := range map[string][]hop{
+		"192.0.2.0/25":   {{"fe80::1", 0}},
+		"192.0.2.128/25": {{"198.51.100.1", 3}, {"198.51.100.9", 1}},
+		"0.0.0.0/0":      {{"198.51.100.1", 0}},
+	} {
+		if d := cmp.Diff(want, got[dst]); d != "" {
+			t.Errorf("%s (-want +got):\n%s", dst, d)
+		}
+	}
+}
+
 func TestDetachOfALivingTap(t *testing.T) {
+	t.Parallel()
 	node := testnet.NewNode(t, gw4, gw6)
 	pod, _ := node.AddPod(t, dualStack())
 	quiet(t, pod)
@@ -308,8 +259,9 @@ func TestFailedAttachLeavesTheNamespaceAsItWas(t *testing.T) {
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			node := testnet.NewNode(t, gw4, gw6)
-			pod, _ := node.AddPod(t, dualStack())
+			pod, _ := addPod(t, node, dualStack())
 			node.AddLink(t, pod, testnet.PodSpec{Name: "net1", Addrs: []netip.Prefix{netip.MustParsePrefix("203.0.113.5/24")}})
 			quiet(t, pod)
 			before := observe(t, pod)
@@ -335,8 +287,9 @@ func TestFailedAttachLeavesTheNamespaceAsItWas(t *testing.T) {
 }
 
 func TestCancelledAttach(t *testing.T) {
+	t.Parallel()
 	node := testnet.NewNode(t, gw4, gw6)
-	pod, _ := node.AddPod(t, dualStack())
+	pod, _ := addPod(t, node, dualStack())
 	quiet(t, pod)
 	before := observe(t, pod)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -351,8 +304,9 @@ func TestCancelledAttach(t *testing.T) {
 }
 
 func TestSecondAttachIsRefused(t *testing.T) {
+	t.Parallel()
 	node := testnet.NewNode(t, gw4)
-	pod, _ := node.AddPod(t, dualStack())
+	pod, _ := addPod(t, node, dualStack())
 	a := attach(t, pod, Options{})
 	between := observe(t, pod)
 	nics := plainNICs(a.before)
@@ -365,8 +319,9 @@ func TestSecondAttachIsRefused(t *testing.T) {
 }
 
 func TestJournalComesFirst(t *testing.T) {
+	t.Parallel()
 	node := testnet.NewNode(t, gw4)
-	pod, _ := node.AddPod(t, dualStack())
+	pod, _ := addPod(t, node, dualStack())
 	before := observe(t, pod)
 	called := 0
 	ports, err := Attach(context.Background(), pod.NS, before, plainNICs(before), Options{}, func(r Record) error {
@@ -392,8 +347,9 @@ func TestJournalComesFirst(t *testing.T) {
 
 // A namespace that somebody took apart meanwhile is no reason to fail.
 func TestDetachWithoutTheLink(t *testing.T) {
+	t.Parallel()
 	node := testnet.NewNode(t, gw4)
-	pod, host := node.AddPod(t, dualStack())
+	pod, host := addPod(t, node, dualStack())
 	a := attach(t, pod, Options{})
 	node.MustRun("ip", "link", "del", host)
 	if err := Detach(pod.NS, a.rec); err != nil {
@@ -414,15 +370,4 @@ func TestOwnMAC(t *testing.T) {
 			t.Errorf("ownMAC(%s) = %s does not resemble it", guest, own)
 		}
 	}
-}
-
-func TestMain(m *testing.M) {
-	before, _ := os.ReadDir("/run/netns")
-	code := m.Run()
-	if after, _ := os.ReadDir("/run/netns"); code == 0 && len(after) > len(before) {
-		for _, e := range after {
-			os.Stderr.WriteString("namespace left behind or made meanwhile: " + e.Name() + "\n")
-		}
-	}
-	os.Exit(code)
 }

@@ -20,10 +20,7 @@ func Probe() (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, ns.Close(), netns.Remove(ns.Path())) }()
-	h, err := ns.Netlink()
-	if err != nil {
-		return err
-	}
+	h := ns.Netlink()
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = "eth0"
 	if err := h.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "peer"}); err != nil {

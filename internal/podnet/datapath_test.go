@@ -1,0 +1,252 @@
+package podnet
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unsafe"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/testnet"
+)
+
+// offloads are what a Linux guest's virtio-net driver turns on by QEMU: frames without checksums, segments of TCP far
+// longer than the MTU (linux/if_tun.h).
+const offloads = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
+
+// bigGuest is a guest with offloads and as many queues as the port has.
+type bigGuest struct {
+	*testnet.Namespace
+	read    []atomic.Int64 // frames by the pod's queue, toward the guest
+	longest atomic.Int64   // bytes of the longest frame from the guest, with its virtio-net header
+}
+
+// newBigGuest is testnet.NewGuest with all that QEMU can do.
+func newBigGuest(t testing.TB, n nic.NIC, p *Port) *bigGuest {
+	t.Helper()
+	g := &bigGuest{Namespace: testnet.New(t, "guest"), read: make([]atomic.Int64, len(p.Taps))}
+	var mine []*os.File
+	g.Must(func() (err error) { mine, err = openTap(n.Name, len(p.Taps)); return err })
+	for _, f := range []*os.File{mine[0], p.Taps[0]} {
+		raw, err := f.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var set error
+		err = raw.Control(func(fd uintptr) { set = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, offloads) })
+		if err = errors.Join(err, set); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g.MustRun("ip", "link", "set", n.Name, "address", n.MAC.String(), "mtu", fmt.Sprint(n.MTU), "up")
+	var wires sync.WaitGroup
+	wire := func(dst, src *os.File, seen func(int)) {
+		wires.Go(func() {
+			buf := make([]byte, 1<<16+64)
+			for {
+				k, err := src.Read(buf)
+				if err != nil {
+					return
+				}
+				seen(k)
+				if _, err := dst.Write(buf[:k]); errors.Is(err, os.ErrClosed) {
+					return
+				}
+			}
+		})
+	}
+	for i, tap := range p.Taps {
+		wire(mine[i], tap, func(int) { g.read[i].Add(1) })
+		wire(tap, mine[i], func(k int) {
+			for old := g.longest.Load(); int64(k) > old && !g.longest.CompareAndSwap(old, int64(k)); old = g.longest.Load() {
+			}
+		})
+	}
+	t.Cleanup(func() {
+		for _, f := range append(mine, p.Taps...) {
+			f.Close()
+		}
+		wires.Wait()
+	})
+	return g
+}
+
+// transfer sends random bytes over TCP from one namespace to an address in the other, and compares what arrives.
+func transfer(t *testing.T, from, to *testnet.Namespace, addr netip.Addr, size int64) {
+	t.Helper()
+	var l *net.TCPListener
+	var c *net.TCPConn
+	at := net.TCPAddrFromAddrPort(netip.AddrPortFrom(addr, 0))
+	to.Must(func() (err error) { l, err = net.ListenTCP("tcp", at); return err })
+	defer l.Close()
+	from.Must(func() (err error) { c, err = net.DialTCP("tcp", nil, l.Addr().(*net.TCPAddr)); return err })
+	defer c.Close()
+	end := time.Now().Add(60 * time.Second)
+	got, sent := sha256.New(), sha256.New()
+	done := make(chan error, 1)
+	go func() {
+		in, err := l.Accept()
+		if err == nil {
+			defer in.Close()
+			in.SetDeadline(end)
+			_, err = io.Copy(got, in)
+		}
+		done <- err
+	}()
+	c.SetDeadline(end)
+	random := rand.NewChaCha8([32]byte{byte(size)})
+	if n, err := io.Copy(io.MultiWriter(c, sent), io.LimitReader(random, size)); err != nil {
+		t.Fatalf("sent %d of %d bytes: %v", n, size, err)
+	}
+	c.CloseWrite()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if string(got.Sum(nil)) != string(sent.Sum(nil)) {
+		t.Error("other bytes arrived than were sent")
+	}
+}
+
+func TestMTUs(t *testing.T) {
+	for _, mtu := range []int{1450, 9000, 65521} { // 65521: a TAP's largest, 65535 less an Ethernet header
+		t.Run(fmt.Sprint(mtu), func(t *testing.T) {
+			t.Parallel()
+			node := testnet.NewNode(t, gw4, gw6)
+			spec := dualStack()
+			spec.MTU = mtu
+			pod, _ := addPod(t, node, spec)
+			a := attach(t, pod, Options{})
+			guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
+			guest.Configure(a.nics[0])
+			const icmp4, icmp6 = 20 + 8, 40 + 8 // headers
+			for to, head := range map[netip.Addr]int{gw4.Addr(): icmp4, gw6.Addr(): icmp6} {
+				if !guest.Ping(to, "-M", "do", "-s", fmt.Sprint(mtu-head)) {
+					t.Errorf("a ping of %s with exactly the MTU is lost", to)
+				}
+			}
+		})
+	}
+}
+
+func TestTCPArrivesWhole(t *testing.T) {
+	for name, shape := range map[string]struct {
+		queues int
+		txOff  bool // on the veth: the kernel then finishes what the guest leaves to the card
+	}{
+		"one queue": {queues: 1}, "four queues": {queues: 4}, "checksums off on the veth": {queues: 1, txOff: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			node := testnet.NewNode(t, gw4, gw6)
+			pod, _ := addPod(t, node, dualStack())
+			if shape.txOff {
+				pod.Must(func() error { return checksumsOff("eth0") })
+			}
+			a := attach(t, pod, Options{Queues: shape.queues})
+			guest := newBigGuest(t, a.nics[0], a.ports[0])
+			guest.Configure(a.nics[0])
+			const size = 50e6
+			transfer(t, guest.Namespace, node.Namespace, gw4.Addr(), size)
+			if !guest.Ping(gw6.Addr()) {
+				t.Error("IPv6 is lost")
+			}
+			transfer(t, guest.Namespace, node.Namespace, gw6.Addr(), size/5)
+			transfer(t, node.Namespace, guest.Namespace, ip4.Addr(), size)
+			transfer(t, node.Namespace, guest.Namespace, ip6.Addr(), size/5)
+			if n := guest.longest.Load(); n < 4*1450 {
+				t.Errorf("the guest's longest frame had %d bytes: segmentation was not left to the host, which was the point", n)
+			}
+			var busy int
+			for i := range guest.read {
+				if guest.read[i].Load() > 0 {
+					busy++
+				}
+			}
+			if shape.queues > 1 && busy < 2 {
+				t.Errorf("%d of %d queues carried something", busy, shape.queues)
+			}
+		})
+	}
+}
+
+// checksumsOff is `ethtool -K link tx off`.
+func checksumsOff(link string) error {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	value := struct{ cmd, data uint32 }{cmd: unix.ETHTOOL_STXCSUM} // struct ethtool_value
+	req := struct {                                                // struct ifreq
+		name [unix.IFNAMSIZ]byte
+		data unsafe.Pointer
+		_    [16]byte
+	}{data: unsafe.Pointer(&value)}
+	copy(req.name[:], link)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req))); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+func TestDetachUnderTraffic(t *testing.T) {
+	t.Parallel()
+	node := testnet.NewNode(t, gw4, gw6)
+	pod, _ := addPod(t, node, dualStack())
+	quiet(t, pod)
+	a := attach(t, pod, Options{})
+	guest := newBigGuest(t, a.nics[0], a.ports[0])
+	guest.Configure(a.nics[0])
+	ctx, cancel := context.WithCancel(context.Background())
+	var talk sync.WaitGroup
+	var sent atomic.Int64
+	for _, way := range []struct {
+		from *testnet.Namespace
+		to   netip.Addr
+	}{{guest.Namespace, gw4.Addr()}, {node.Namespace, ip4.Addr()}, {node.Namespace, ip6.Addr()}} {
+		var c *net.UDPConn
+		way.from.Must(func() (err error) {
+			c, err = net.DialUDP("udp", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(way.to, 9)))
+			return err
+		})
+		talk.Go(func() {
+			defer c.Close()
+			for b := make([]byte, 1000); ctx.Err() == nil; {
+				if _, err := c.Write(b); err == nil { // refused, unreachable: of no interest
+					sent.Add(1)
+				}
+			}
+		})
+	}
+	for sent.Load() < 1000 {
+		time.Sleep(time.Millisecond)
+	}
+	err := Detach(pod.NS, a.rec)
+	cancel()
+	talk.Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+	quiet(t, pod)
+	if d := cmp.Diff(a.before, observe(t, pod), settled); d != "" {
+		t.Errorf("-before +after:\n%s", d)
+	}
+	for _, to := range []netip.Addr{ip4.Addr(), ip6.Addr()} {
+		if !node.Ping(to) {
+			t.Errorf("the pod's own %s does not answer again", to)
+		}
+	}
+}

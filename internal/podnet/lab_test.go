@@ -1,0 +1,133 @@
+package podnet
+
+import (
+	"context"
+	"net/netip"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/vishvananda/netlink"
+
+	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/testnet"
+)
+
+var (
+	gw4, gw6 = netip.MustParsePrefix("198.51.100.1/24"), netip.MustParsePrefix("2001:db8:100::1/64")
+	ip4, ip6 = netip.MustParsePrefix("198.51.100.2/24"), netip.MustParsePrefix("2001:db8:100::2/64")
+	mac      = nic.MAC{0x02, 0x11, 0x22, 0x33, 0x44, 0x55}
+)
+
+func dualStack() testnet.PodSpec {
+	return testnet.PodSpec{
+		MAC: mac, MTU: 1450, Addrs: []netip.Prefix{ip4, ip6},
+		Routes: []netlink.Route{testnet.Via("0.0.0.0/0", "198.51.100.1"), testnet.Via("::/0", "2001:db8:100::1")},
+	}
+}
+
+// addPod is node.AddPod without duplicate address detection, which would take a second or two of every test.
+func addPod(t testing.TB, node *testnet.Node, spec testnet.PodSpec) (pod *testnet.Namespace, host string) {
+	t.Helper()
+	pod = testnet.New(t, "pod")
+	pod.Sysctl("ipv6/conf/default/accept_dad", "0")
+	return pod, node.AddLink(t, pod, spec)
+}
+
+func noJournal(Record) error { return nil }
+
+// attached is a pod after Attach.
+type attached struct {
+	before nic.Snapshot
+	nics   []nic.NIC
+	rec    Record
+	ports  []*Port
+}
+
+func attach(t testing.TB, pod *testnet.Namespace, o Options) attached {
+	t.Helper()
+	a, err := tryAttach(pod, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, p := range a.ports {
+			p.Close()
+		}
+	})
+	return a
+}
+
+func tryAttach(pod *testnet.Namespace, o Options) (a attached, err error) {
+	if a.before, err = Observe(pod.NS); err != nil {
+		return a, err
+	}
+	a.nics = plainNICs(a.before)
+	a.ports, err = Attach(context.Background(), pod.NS, a.before, a.nics, o, func(r Record) error { a.rec = r; return nil })
+	return a, err
+}
+
+// plainNICs is as much of a plan as these tests need, so that they do not depend on package nic's rules.
+func plainNICs(s nic.Snapshot) []nic.NIC {
+	var out []nic.NIC
+	for _, l := range s.Links {
+		n := nic.NIC{Name: l.Name, MAC: l.MAC, MTU: min(l.MTU, 65521)}
+		for _, a := range l.Addrs {
+			if !a.Prefix.Addr().IsLinkLocalUnicast() {
+				n.Addrs = append(n.Addrs, a.Prefix)
+			}
+		}
+		for _, gateway := range []bool{false, true} {
+			for _, r := range l.Routes {
+				if r.Protocol != 2 && r.Gw.IsValid() == gateway {
+					n.Routes = append(n.Routes, nic.Route{Dst: r.Dst, Gw: r.Gw})
+				}
+			}
+		}
+		out = append(out, n)
+	}
+	return out
+}
+
+// settled compares snapshots but for what the kernel changes by itself: the order of addresses.
+var settled = cmp.Options{
+	cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
+	cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+	cmpopts.SortSlices(func(a, b nic.Addr) bool { return a.Prefix.String() < b.Prefix.String() }),
+	cmpopts.SortSlices(func(a, b nic.KernelRoute) bool {
+		return a.Dst.String()+a.Gw.String()+string(rune(a.Table)) < b.Dst.String()+b.Gw.String()+string(rune(b.Table))
+	}),
+}
+
+func observe(t testing.TB, n *testnet.Namespace) nic.Snapshot {
+	t.Helper()
+	s, err := Observe(n.NS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// quiet waits until duplicate address detection has ended on every link.
+func quiet(t testing.TB, n *testnet.Namespace) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		if out := n.MustRun("ip", "-6", "addr", "show", "tentative"); out == "" {
+			return
+		}
+	}
+	t.Fatal("addresses stay tentative")
+}
+
+func TestMain(m *testing.M) {
+	before, _ := os.ReadDir("/run/netns")
+	code := m.Run()
+	if after, _ := os.ReadDir("/run/netns"); code == 0 && len(after) > len(before) {
+		for _, e := range after {
+			os.Stderr.WriteString("namespace left behind or made meanwhile: " + e.Name() + "\n")
+		}
+	}
+	os.Exit(code)
+}
