@@ -3,7 +3,9 @@
 
 PREFIX ?= /usr/local
 
-export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
+# The Go that hack/setup.sh fetches where there is none that is new enough comes first.
+CACHE = $(or $(VIRTLET_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtlet)
+export PATH := $(CACHE)/go/$(shell sed -n 's/^go \([0-9.]*\)$$/\1/p' go.mod)/bin:$(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 # The directory of the test guest; as a shell substitution, for it is known only once the guest is built.
 GUEST = $$(go run ./test/guest/build)
 VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)

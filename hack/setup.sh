@@ -28,49 +28,67 @@ needed() {
 	END
 }
 
-missing=()
-while read -r program package _; do
-	[ -e "$program" ] || command -v "$program" >/dev/null || missing+=("$package")
-done < <(needed)
-
-if [ ${#missing[@]} -gt 0 ]; then
+# add installs the Debian packages that are named.
+add() {
 	if ! command -v apt-get >/dev/null; then
-		echo "setup: missing: ${missing[*]} (names of Debian packages); install them with this system's package manager" >&2
+		echo "setup: missing: $* (names of Debian packages); install them with this system's package manager" >&2
 		exit 1
 	fi
-	sudo=()
+	local sudo=() log
 	if [ "$(id -u)" != 0 ]; then
 		if ! command -v sudo >/dev/null; then
-			echo "setup: missing: ${missing[*]}; as root: apt-get install --no-install-recommends ${missing[*]}" >&2
+			echo "setup: missing: $*; as root: apt-get install --no-install-recommends $*" >&2
 			exit 1
 		fi
 		sudo=(sudo)
 	fi
-	echo "setup: installing ${missing[*]}" >&2
+	echo "setup: installing $*" >&2
 	log=$(mktemp)
-	trap 'rm -f "$log"' EXIT
 	install() {
-		"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}" \
-			</dev/null >"$log" 2>&1
+		"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@" </dev/null >"$log" 2>&1
 	}
 	# Package lists that are missing or out of date are the usual reason why it does not work the first time.
-	if ! install && ! { "${sudo[@]}" apt-get update -q </dev/null >"$log" 2>&1 && install; }; then
+	if ! install "$@" && ! { "${sudo[@]}" apt-get update -q </dev/null >"$log" 2>&1 && install "$@"; }; then
 		cat "$log" >&2
-		echo "setup: could not install ${missing[*]}" >&2
+		echo "setup: could not install $*" >&2
 		exit 1
 	fi
-fi
+	rm -f "$log"
+}
+
+missing=()
+while read -r program package _; do
+	[ -e "$program" ] || command -v "$program" >/dev/null || missing+=("$package")
+done < <(needed)
+[ ${#missing[@]} = 0 ] || add "${missing[@]}"
 
 # Go 1.21 and later fetch the version that go.mod asks for by themselves; older ones do not understand go.mod.
 want=$(sed -n 's/^go \([0-9.]*\)$/\1/p' "$(dirname "$0")/../go.mod")
-if ! command -v go >/dev/null; then
-	echo "setup: Go is missing: virtlet is built with Go $want or newer (https://go.dev/doc/install)." >&2
-	echo "setup: Debian 12's own package golang-go is 1.19, which is too old." >&2
+new_enough() {
+	command -v go >/dev/null && found=$(cd "$(dirname "$0")/.." && go env GOVERSION 2>&1) && printf 'go%s\n%s\n' "$want" "$found" | sort -CV
+}
+new_enough && exit
+
+# Any Go can fetch another as a module, checked against the checksum database; Debian 12's own is 1.19.
+cache=${VIRTLET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/virtlet}/go
+command -v go >/dev/null || add golang-go
+echo "setup: fetching Go $want for this project into $cache" >&2
+mkdir -p "$cache"
+new=$(mktemp -d "$cache/new.XXXXXX")
+trap 'rm -rf "$new"' EXIT
+case $(uname -m) in x86_64) arch=amd64 ;; *) arch=arm64 ;; esac
+toolchain=golang.org/toolchain@v0.0.1-go$want.linux-$arch
+(cd "$new" && GOMODCACHE=$new/mod GOFLAGS=-modcacherw go mod download "$toolchain") || {
+	echo "setup: could not fetch it; install Go $want or newer yourself: https://go.dev/doc/install" >&2
 	exit 1
-fi
-if ! found=$(cd "$(dirname "$0")/.." && go env GOVERSION 2>&1) ||
-	! printf 'go%s\n%s\n' "$want" "$found" | sort -CV; then
-	echo "setup: $(command -v go) is too old: virtlet needs Go $want or newer (https://go.dev/doc/install)." >&2
-	echo "setup: go says: $found" >&2
+}
+# Modules have no executable files.
+chmod +x "$new/mod/$toolchain"/bin/* "$new/mod/$toolchain"/pkg/tool/*/*
+rm -rf "${cache:?}/$want"
+mv "$new/mod/$toolchain" "$cache/$want"
+hash -r
+PATH=$cache/$want/bin:$PATH
+new_enough || {
+	echo "setup: the fetched Go does not work: $found" >&2
 	exit 1
-fi
+}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"strings"
@@ -141,6 +142,13 @@ func printState(out io.Writer, st vm.State) error {
 		row("qemu", "pid %d, %s", st.QEMU.PID, st.Accel)
 	}
 	row("namespace", "%s", st.NetNS)
+	for _, r := range st.Results {
+		b, err := json.Marshal(r.Result)
+		if err != nil {
+			return err
+		}
+		row("cni "+r.IfName, "network %s: %s", r.Network, b)
+	}
 	for i, n := range st.NICs {
 		row("nic "+n.Name, "%s mtu %d%s", n.MAC, n.MTU, network(n.Network))
 		for _, p := range n.Addrs {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -111,7 +112,10 @@ func (r CheckRequest) network(context.Context) []Finding {
 	return []Finding{found("namespace, bridge, TAP, filters", podnet.Probe(), "all of them work", do)}
 }
 
-func (r CheckRequest) networks(context.Context) []Finding {
+// checkTimeout bounds the question whether a network is ready.
+const checkTimeout = 10 * time.Second
+
+func (r CheckRequest) networks(ctx context.Context) []Finding {
 	nets, bad, err := cni.Load(r.ConfDir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return []Finding{{Fail, "CNI configurations", err.Error(), "give another --cni-conf-dir"}}
@@ -125,11 +129,15 @@ func (r CheckRequest) networks(context.Context) []Finding {
 	}
 	for _, n := range append(nets, r.Store.embedded()) {
 		f := Finding{Level: OK, What: fmt.Sprintf("CNI network %q", n.Name), Is: fmt.Sprintf("%s, version %s", n.File, n.Version)}
-		plugins := cni.Runtime{BinDirs: r.Plugins}
+		plugins := cni.Runtime{BinDirs: r.Plugins, CacheDir: r.Store.cniCache(), Timeout: checkTimeout}
 		if missing := plugins.Missing(n); len(missing) > 0 {
 			f.Level = Warn
 			f.Is += ": plugins not found: " + strings.Join(missing, ", ")
 			f.Do = "install them in one of " + strings.Join(r.Plugins, ", ")
+		} else if err := plugins.Status(ctx, n); err != nil && !errors.Is(err, cni.ErrUnsupported) {
+			f.Level = Warn
+			f.Is += ": not ready: " + err.Error()
+			f.Do = "look after the network's daemon, if it has one"
 		}
 		all = append(all, f)
 	}

@@ -66,6 +66,16 @@ const (
 	defaultQueues = 8 // at most; more queues than that gain nothing and cost memory in guest and host
 )
 
+// clone gives a copy that shares nothing that Start changes.
+func (c Config) clone() Config {
+	if c.Image != nil {
+		image := *c.Image
+		c.Image = &image
+	}
+	c.Disks, c.Networks, c.Results = slices.Clone(c.Disks), slices.Clone(c.Networks), slices.Clone(c.Results)
+	return c
+}
+
 // ConfigError says what of a configuration cannot be.
 type ConfigError struct{ Err error }
 

@@ -72,6 +72,7 @@ func TestLock(t *testing.T) {
 	if _, err := s.lock("web"); !errors.Is(err, ErrRunning) {
 		t.Errorf("second lock: %v", err)
 	}
+	first := l
 	if free, err := s.await(context.Background(), "web", 50*time.Millisecond); free || err != nil {
 		t.Errorf("await of a locked VM: %v, %v", free, err)
 	}
@@ -80,7 +81,7 @@ func TestLock(t *testing.T) {
 	if _, err := s.await(ctx, "web", time.Minute); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled await: %v", err)
 	}
-	time.AfterFunc(50*time.Millisecond, func() { l.release() })
+	time.AfterFunc(50*time.Millisecond, func() { first.release() })
 	if free, err := s.await(context.Background(), "web", 10*time.Second); !free || err != nil {
 		t.Errorf("await of a lock that is given up: %v, %v", free, err)
 	}

@@ -60,6 +60,7 @@ type VM struct {
 // Start starts a VM and returns when QEMU runs it. On an error, or when ctx ends first, nothing of it is left, and the
 // name is free again. After Start ctx has no meaning. progress may be nil. The caller calls Wait.
 func Start(ctx context.Context, s Store, cfg Config, progress Progress) (*VM, error) {
+	cfg = cfg.clone()
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
