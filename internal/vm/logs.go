@@ -40,11 +40,10 @@ func (s Store) CopyLog(w io.Writer, name string, follow bool) error {
 			return nil
 		}
 		// A log that turned over goes on in a new file.
+		if r != nil && sameFileAt(r, path) {
+			continue
+		}
 		if next, err := os.Open(path); err == nil {
-			if r != nil && sameFile(r, next) {
-				next.Close()
-				continue
-			}
 			if r != nil {
 				if _, err := io.Copy(w, r); err != nil { // what came between the copy and the turn
 					next.Close()
@@ -55,12 +54,6 @@ func (s Store) CopyLog(w io.Writer, name string, follow bool) error {
 			r = next
 		}
 	}
-}
-
-func sameFile(a, b *os.File) bool {
-	ai, aerr := a.Stat()
-	bi, berr := b.Stat()
-	return aerr == nil && berr == nil && os.SameFile(ai, bi)
 }
 
 func copyFile(w io.Writer, path string) error {

@@ -139,6 +139,9 @@ func (s Store) Clean(ctx context.Context, plugins []string, dryRun bool) (found 
 	}
 	var errs []error
 	var living []string // container IDs
+	if !dryRun {
+		errs = append(errs, s.sweep())
+	}
 	for _, name := range names {
 		var j Journal
 		jerr := readJSON(s.data(name, "journal.json"), &j)
@@ -152,13 +155,15 @@ func (s Store) Clean(ctx context.Context, plugins []string, dryRun bool) (found 
 			}
 			continue
 		}
-		found = append(found, leftovers(name, st, j)...)
-		if dryRun {
-			continue
-		}
-		if err := s.clean(ctx, name, false); err != nil && !errors.Is(err, ErrRunning) && !errors.Is(err, ErrNotFound) {
+		left := leftovers(name, st, j)
+		if !dryRun {
+			err := s.clean(ctx, name, false)
+			if errors.Is(err, ErrRunning) || errors.Is(err, ErrNotFound) {
+				continue // somebody else was faster
+			}
 			errs = append(errs, err)
 		}
+		found = append(found, left...)
 	}
 	// What libcni's cache knows and no VM does. The cache outlives a reboot, as do the addresses that an IPAM plugin
 	// keeps on disk.

@@ -63,8 +63,19 @@ func (s Store) Get(name string) (State, error) {
 	if err := CheckName(name); err != nil {
 		return State{}, err
 	}
-	// The order matters: a supervisor that ends between the two looks has written its last state.
-	alive := s.alive(name)
+	for {
+		// The order matters: a supervisor that ends between the two looks has written its last state.
+		alive := s.alive(name)
+		st, err := s.read(name, alive)
+		if alive || !s.alive(name) {
+			return st, err
+		}
+		// Somebody has taken the name in between.
+	}
+}
+
+// read gives the state on disk of a VM that is alive or not.
+func (s Store) read(name string, alive bool) (State, error) {
 	st := State{Config: Config{Name: name}, Status: Starting}
 	err := readJSON(s.run(name, "state.json"), &st)
 	if errors.Is(err, fs.ErrNotExist) && !alive {

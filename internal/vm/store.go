@@ -85,31 +85,60 @@ func (s Store) names() ([]string, error) {
 // lock is the sign that a process cares for a VM; closing the file gives it up, as does the process's end.
 type lock struct{ f *os.File }
 
-func (l lock) release() error { return l.f.Close() }
+func (l lock) release() error {
+	if l.f == nil {
+		return nil
+	}
+	return l.f.Close()
+}
 
-// create makes the directories of a new VM and takes its lock.
+const (
+	lockFile = "lock"
+	passing  = ".tmp-" // begins a directory that comes or goes; no VM has such a name
+)
+
+// create makes the directories of a new VM and takes its lock. The run directory appears with the lock held, so nobody
+// can take the VM for one that nobody cares for.
 func (s Store) create(name string) (lock, error) {
+	fail := func(err error) (lock, error) { return lock{}, fmt.Errorf("create VM %s: %w", name, err) }
 	for _, dir := range []string{s.Run, s.Data} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
-			return lock{}, fmt.Errorf("create VM %s: %w (virtlet needs root)", name, err)
+			return fail(fmt.Errorf("%w (virtlet needs root)", err))
 		}
 	}
-	err := os.Mkdir(s.run(name), 0o700)
+	tmp, err := os.MkdirTemp(s.Run, passing+name+"-*")
+	if err != nil {
+		return fail(err)
+	}
+	l, err := takeLock(filepath.Join(tmp, lockFile))
 	if err == nil {
-		var l lock
-		if l, err = s.lock(name); err != nil {
-			return lock{}, err
-		}
-		// With the lock held: a data directory without a run directory is what a reboot left.
-		if err = os.Mkdir(s.data(name), 0o700); err == nil {
-			return l, nil
-		}
+		// A directory is replaced by rename(2) only if it is empty, and that of a VM never is.
+		err = os.Rename(tmp, s.run(name))
+	}
+	if err != nil {
+		err = errors.Join(err, os.RemoveAll(tmp), l.release())
+	} else if err = os.Mkdir(s.data(name), 0o700); err != nil {
+		// A data directory without a run directory is what a reboot left.
 		err = errors.Join(err, os.RemoveAll(s.run(name)), l.release())
 	}
-	if errors.Is(err, fs.ErrExist) {
+	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
 		return lock{}, s.taken(name)
 	}
-	return lock{}, fmt.Errorf("create VM %s: %w", name, err)
+	if err != nil {
+		return fail(err)
+	}
+	return l, nil
+}
+
+// sweep removes what a killed create or erase left behind. A living one takes milliseconds.
+func (s Store) sweep() error {
+	left, err := filepath.Glob(filepath.Join(s.Run, passing+"*"))
+	for _, dir := range left {
+		if fi, serr := os.Stat(dir); serr == nil && time.Since(fi.ModTime()) > time.Minute {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+	}
+	return err
 }
 
 // taken words the refusal of a name that is in use.
@@ -133,39 +162,60 @@ func (s Store) lock(name string) (lock, error) {
 			return lock{}, fmt.Errorf("lock VM %s: %w", name, err)
 		}
 	}
-	f, err := os.OpenFile(s.run(name, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if errors.Is(err, fs.ErrNotExist) {
+	l, err := takeLock(s.run(name, lockFile))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return lock{}, fmt.Errorf("VM %q: %w", name, ErrNotFound)
-	}
-	if err != nil {
-		return lock{}, fmt.Errorf("lock VM %s: %w", name, err)
-	}
-	// An open-file-description lock: it ends with the process, and can be asked after without being taken.
-	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EAGAIN) {
-			return lock{}, fmt.Errorf("VM %q: %w", name, ErrRunning)
-		}
+	case errors.Is(err, unix.EAGAIN):
+		return lock{}, fmt.Errorf("VM %q: %w", name, ErrRunning)
+	case err != nil:
 		return lock{}, fmt.Errorf("lock VM %s: %w", name, err)
 	}
 	// The file may have been removed between open and lock: then the lock is worth nothing.
-	var held, named unix.Stat_t
-	if unix.Fstat(int(f.Fd()), &held) != nil || unix.Stat(s.run(name, "lock"), &named) != nil || held.Ino != named.Ino {
-		f.Close()
+	if !sameFileAt(l.f, s.run(name, lockFile)) {
+		l.release()
 		return lock{}, fmt.Errorf("VM %q: %w", name, ErrNotFound)
+	}
+	return l, nil
+}
+
+// takeLock makes the file if need be and locks it: by an open-file-description lock, which ends with the process, and
+// can be asked after without being taken. EAGAIN: somebody else has it.
+func takeLock(path string) (lock, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return lock{}, err
+	}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}); err != nil {
+		f.Close()
+		return lock{}, err
 	}
 	return lock{f}, nil
 }
 
 // alive says whether a process holds the VM's lock.
 func (s Store) alive(name string) bool {
-	f, err := os.Open(s.run(name, "lock"))
-	if err != nil {
-		return false
+	for {
+		f, err := os.Open(s.run(name, lockFile))
+		if err != nil {
+			return false
+		}
+		l := unix.Flock_t{Type: unix.F_WRLCK}
+		held := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l) == nil && l.Type != unix.F_UNLCK
+		same := sameFileAt(f, s.run(name, lockFile))
+		f.Close()
+		if held || same {
+			return held
+		}
+		// That was the lock of a VM which has gone; another of that name may have come.
 	}
-	defer f.Close()
-	l := unix.Flock_t{Type: unix.F_WRLCK}
-	return unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l) == nil && l.Type != unix.F_UNLCK
+}
+
+// sameFileAt says whether the path still leads to f.
+func sameFileAt(f *os.File, path string) bool {
+	fi, err := f.Stat()
+	at, aerr := os.Stat(path)
+	return err == nil && aerr == nil && os.SameFile(fi, at)
 }
 
 // await blocks until no process holds the VM's lock, or d has passed, and says whether it is free.
@@ -185,9 +235,20 @@ func (s Store) await(ctx context.Context, name string, d time.Duration) (bool, e
 	return true, nil
 }
 
-// erase removes all files of a VM; its lock is held. The lock goes last, so that a killed erase can be done again.
+// erase removes all files of a VM; its lock is held. The run directory goes at once, lock and all, so nobody sees a VM
+// without a lock. Killed in between, it can be done again.
 func (s Store) erase(name string) error {
-	return errors.Join(os.RemoveAll(s.data(name)), os.RemoveAll(s.run(name)))
+	if err := os.RemoveAll(s.data(name)); err != nil {
+		return err
+	}
+	tmp, err := os.MkdirTemp(s.Run, passing+name+"-*")
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(s.run(name), filepath.Join(tmp, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return errors.Join(err, os.RemoveAll(tmp))
+	}
+	return os.RemoveAll(tmp)
 }
 
 // writeJSON replaces a file in one step: a reader, and a process after a crash, sees the old or the new content. It does

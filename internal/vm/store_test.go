@@ -197,3 +197,44 @@ func TestWriteJSONIsWhole(t *testing.T) {
 		}
 	}
 }
+
+// Whoever cleans up does not take a VM that is just being made for one that nobody cares for.
+func TestCleanBesideCreate(t *testing.T) {
+	s := testStore(t)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if found, err := s.Clean(context.Background(), nil, false); err != nil || len(found) > 0 {
+					t.Errorf("found %v, %v", found, err)
+					return
+				}
+			}
+		})
+	}
+	for range 300 {
+		l, err := s.create("web")
+		if err != nil {
+			t.Errorf("create: %v", err)
+			break
+		}
+		if _, err := s.Get("web"); err != nil {
+			t.Errorf("get: %v", err)
+		}
+		if err := s.erase("web"); err != nil {
+			t.Errorf("erase: %v", err)
+		}
+		l.release()
+	}
+	close(stop)
+	wg.Wait()
+	if left, _ := filepath.Glob(filepath.Join(s.Run, ".*")); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}
