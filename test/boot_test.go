@@ -310,6 +310,16 @@ func TestBootOnTwoNetworks(t *testing.T) {
 	l.virtlet("rm", "-f", "router")
 }
 
+// A guest that still boots when its power button is pressed powers down once it can.
+func TestStopWhileBooting(t *testing.T) {
+	l := newLab(t)
+	l.virtlet(l.run("", "", "-d", "--name", "early")...)
+	l.virtlet("stop", "-t", bootTime.String(), "early")
+	if st := l.state("early"); st.Exit == nil || st.Exit.Reason != vm.Shutdown {
+		t.Errorf("it ended as %s, %+v", st.Status, st.Exit)
+	}
+}
+
 // The guest's end is the command's exit code.
 func TestExitCodes(t *testing.T) {
 	l := newLab(t)

@@ -16,6 +16,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -48,6 +49,9 @@ type VM struct {
 	console *console
 	killed  atomic.Bool // by Kill
 
+	asked     sync.Once
+	powerdown chan struct{} // closed when the power button has been pressed
+
 	serve errgroup.Group     // DHCP responders
 	quiet context.CancelFunc // ends them
 
@@ -64,7 +68,7 @@ func Start(ctx context.Context, s Store, cfg Config, progress Progress) (*VM, er
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	v := &VM{store: s, cfg: cfg, done: make(chan struct{}), quiet: func() {}, progress: serial(progress)}
+	v := &VM{store: s, cfg: cfg, done: make(chan struct{}), powerdown: make(chan struct{}), quiet: func() {}, progress: serial(progress)}
 	if err := v.start(ctx); err != nil {
 		return nil, errors.Join(err, v.abandon(ctx))
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 )
 
@@ -52,8 +53,40 @@ func (v *VM) Wait() (Exit, error) {
 	return v.exit, v.err
 }
 
-// Powerdown presses the guest's power button (ACPI). Whether and when it obeys is the guest's affair.
+// pressAgain is how long a guest may take no notice of its power button before it is pressed again: a guest that still
+// boots does not hear it, one that powers down is not disturbed.
+const pressAgain = 5 * time.Second
+
+// Powerdown presses the guest's power button (ACPI), again and again until the guest has ended. Whether and when it
+// obeys is its own affair. An error means that the button could not be pressed at all.
 func (v *VM) Powerdown(ctx context.Context) error {
+	if err := v.press(ctx); err != nil {
+		return err
+	}
+	v.asked.Do(func() { close(v.powerdown) })
+	return nil
+}
+
+// keepPressing presses the power button again and again, once it has been pressed, until the guest has ended.
+func (v *VM) keepPressing() {
+	select {
+	case <-v.proc.Done():
+		return
+	case <-v.powerdown:
+	}
+	again := time.NewTicker(pressAgain)
+	defer again.Stop()
+	for {
+		select {
+		case <-v.proc.Done():
+			return
+		case <-again.C:
+			_ = v.press(context.Background()) // it worked before; the guest's end is the likely reason
+		}
+	}
+}
+
+func (v *VM) press(ctx context.Context) error {
 	err := v.monitor.Powerdown(ctx)
 	select {
 	case <-v.proc.Done():
@@ -75,7 +108,10 @@ func (v *VM) Kill() error {
 // supervise waits for the end of QEMU, undoes everything and writes the last state.
 func (v *VM) supervise() {
 	defer close(v.done)
+	var button sync.WaitGroup
+	button.Go(v.keepPressing)
 	v.exit = v.awaitEnd()
+	button.Wait()
 	v.err = errors.Join(v.stopServing(), v.store.undo(context.Background(), v.cfg.Name, false))
 	for _, file := range []string{"disk.qcow2", "seed.iso"} { // what only a running guest needs
 		if err := os.Remove(v.store.data(v.cfg.Name, file)); err != nil && !errors.Is(err, os.ErrNotExist) {
