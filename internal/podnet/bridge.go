@@ -127,12 +127,12 @@ func (a *attempt) join(p *Port, link *nic.Link) (netlink.Link, error) {
 	bridge, err := a.addBridge(j.Bridge, mtu)
 	if err == nil {
 		err = run(
+			// A queueing discipline that orders by time stamp (fq, a common default) drops redirected and bridged
+			// packets that carry one; a TAP has its own ring and needs none. Before it is up: then there is none to wait for.
+			step{"set queueing of " + j.Tap, func() error { return a.h.QdiscReplace(noqueue(tap)) }},
 			step{"set MTU of " + j.Tap + " and join it", func() error {
 				return a.set(p.tapIndex, unix.IFF_UP, attr(unix.IFLA_MTU, mtu), attr(unix.IFLA_MASTER, bridge.Attrs().Index))
 			}},
-			// A queueing discipline that orders by time stamp (fq, a common default) drops redirected and bridged
-			// packets that carry one; a TAP has its own ring and needs none.
-			step{"set queueing of " + j.Tap, func() error { return a.h.QdiscReplace(noqueue(tap)) }},
 			step{"silence " + j.Link, func() error { return a.silence(veth, link) }},
 			// The veth gives up the guest's MAC: a port's own address is a local entry in the bridge's table, and
 			// frames for it would end here.
