@@ -83,9 +83,12 @@ func open(p Process) (int, error) {
 // Remove removes a VM that has ended, with its logs. force stops a running one first, without asking its guest, and
 // cleans up after a killed supervisor.
 func (s Store) Remove(ctx context.Context, name string, force bool) error {
-	st, err := s.Get(name)
-	if err != nil {
+	if err := CheckName(name); err != nil {
 		return err
+	}
+	st, err := s.Get(name)
+	if err != nil && (!force || errors.Is(err, ErrNotFound)) {
+		return err // with force, a state that cannot be read keeps nobody from removing it
 	}
 	if !force && st.Status != Stopped {
 		return fmt.Errorf("remove VM %q: %w: it is %s; stop it first, or use -f", name, ErrRunning, st.Status)
@@ -95,7 +98,7 @@ func (s Store) Remove(ctx context.Context, name string, force bool) error {
 			return err
 		}
 	}
-	err = s.clean(ctx, name, force)
+	err = s.clean(ctx, name, force, false)
 	if errors.Is(err, ErrNotFound) {
 		return nil // a failed start erases itself
 	}
@@ -103,17 +106,29 @@ func (s Store) Remove(ctx context.Context, name string, force bool) error {
 }
 
 // clean undoes and erases one VM that no process cares for. With force, plugins that fail are an error but no obstacle.
-func (s Store) clean(ctx context.Context, name string, force bool) error {
+// With leftAlone a VM that has ended in order is not found: the name may have changed hands since somebody looked.
+func (s Store) clean(ctx context.Context, name string, force, leftAlone bool) error {
 	l, err := s.lock(name)
 	if err != nil {
 		return err
 	}
 	defer l.release()
+	if leftAlone {
+		if st, err := s.read(name, false); err == nil && s.inOrder(name, st) {
+			return fmt.Errorf("VM %q: %w", name, ErrNotFound)
+		}
+	}
 	err = s.undo(ctx, name, force)
 	if _, left := os.Stat(s.data(name, "journal.json")); left == nil {
 		return err
 	}
 	return errors.Join(err, s.erase(name))
+}
+
+// inOrder says whether a VM has ended with everything undone.
+func (s Store) inOrder(name string, st State) bool {
+	_, err := os.Stat(s.data(name, "journal.json"))
+	return st.Status == Stopped && errors.Is(err, fs.ErrNotExist)
 }
 
 // Leftover is something that a dead run left behind.
@@ -144,20 +159,21 @@ func (s Store) Clean(ctx context.Context, plugins []string, dryRun bool) (found 
 	}
 	for _, name := range names {
 		var j Journal
-		jerr := readJSON(s.data(name, "journal.json"), &j)
+		_ = readJSON(s.data(name, "journal.json"), &j) // one that cannot be read is an error when it is to be undone
 		for _, a := range j.Attachments {
 			living = append(living, a.ContainerID) // or named, and undone, with its dead VM
 		}
 		st, err := s.Get(name)
-		if err != nil || st.Status == Starting || st.Status == Running || st.Status == Stopped && errors.Is(jerr, fs.ErrNotExist) {
-			if !errors.Is(err, ErrNotFound) {
-				errs = append(errs, err)
-			}
+		if errors.Is(err, ErrNotFound) {
+			continue
+		}
+		if err != nil || st.Status == Starting || st.Status == Running || s.inOrder(name, st) {
+			errs = append(errs, err)
 			continue
 		}
 		left := leftovers(name, st, j)
 		if !dryRun {
-			err := s.clean(ctx, name, false)
+			err := s.clean(ctx, name, false, true)
 			if errors.Is(err, ErrRunning) || errors.Is(err, ErrNotFound) {
 				continue // somebody else was faster
 			}

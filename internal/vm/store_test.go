@@ -153,11 +153,13 @@ func TestStates(t *testing.T) {
 
 func TestAbrokenStateHidesNoOther(t *testing.T) {
 	s := testStore(t)
+	held := map[string]lock{}
 	for _, name := range []string{"a", "b"} {
 		l, err := s.create(name)
 		if err != nil {
 			t.Fatal(err)
 		}
+		held[name] = l
 		defer l.release()
 	}
 	if err := os.WriteFile(s.run("a", "state.json"), []byte("{"), 0o600); err != nil {
@@ -169,6 +171,16 @@ func TestAbrokenStateHidesNoOther(t *testing.T) {
 	}
 	if len(all) != 1 || all[0].Config.Name != "b" {
 		t.Errorf("List gave %+v", all)
+	}
+	if err := s.Remove(context.Background(), "a", true); !errors.Is(err, ErrRunning) {
+		t.Errorf("rm -f of one that is alive: %v", err)
+	}
+	held["a"].release()
+	if err := s.Remove(context.Background(), "a", true); err != nil {
+		t.Errorf("rm -f: %v", err)
+	}
+	if names, _ := s.names(); len(names) != 1 {
+		t.Errorf("left: %v", names)
 	}
 }
 
