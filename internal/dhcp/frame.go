@@ -70,41 +70,65 @@ func message(frame []byte) ([]byte, bool) {
 	return udp[udpHdrLen:n], true
 }
 
-// appendFrame encodes a reply as a frame to the guest; list is the client's parameter request list.
-func (l *Lease) appendFrame(b []byte, resp *dhcpv4.DHCPv4, list []byte) []byte {
-	dst, ip := l.MAC, addr(resp.ClientIPAddr)
-	if ip.IsUnspecified() {
-		ip = addr(resp.YourIPAddr)
+// frameStart is a reply's frame up to its options, for the guest's MAC and without what differs between replies.
+func (l *Lease) frameStart() []byte {
+	own := l.serverMAC()
+	b := append(l.MAC.HardwareAddr(), own[:]...)
+	b = binary.BigEndian.AppendUint16(b, etherTypeIPv4)
+	ip := append(b, make([]byte, ipUDPLen+headerLen)...)[len(b):]
+	src := l.Server.As4()
+	ip[0], ip[8], ip[9] = ipVersionIHL, ipTTL, protoUDP
+	binary.BigEndian.PutUint16(ip[6:], ipDontFragment) // so that it needs no identification (RFC 6864)
+	copy(ip[12:], src[:])
+	udp := ip[ipHeaderLen:]
+	binary.BigEndian.PutUint16(udp[0:], serverPort)
+	binary.BigEndian.PutUint16(udp[2:], clientPort)
+	msg := udp[udpHdrLen:] // no next server (siaddr), no server name, no boot file
+	msg[offOp], msg[offHType], msg[offHLen] = opReply, htypeEthernet, byte(len(l.MAC))
+	copy(msg[offChaddr:], l.MAC[:])
+	return append(append(b, ip...), cookie[:]...)
+}
+
+// appendFrame appends the frame of a reply, its message padded to the least size of BOOTP.
+func (r *responder) appendFrame(b []byte, q *query, v verdict, set *optionSet) []byte {
+	start := len(b)
+	b = append(b, r.start...)
+	b = r.appendOptions(b, q, v, set)
+	const least = etherHdrLen + ipUDPLen + minBOOTP
+	for len(b)-start < least {
+		b = append(b, optPad)
 	}
+	frame := b[start:]
+	msg := frame[etherHdrLen+ipUDPLen:]
+	copy(msg[offXID:], q.header[offXID:][:4])
+	copy(msg[offFlags:], q.header[offFlags:][:2])
+	ciaddr, yiaddr := v.ciaddr.As4(), v.yiaddr.As4()
+	copy(msg[offCiaddr:], ciaddr[:])
+	copy(msg[offYiaddr:], yiaddr[:])
+
 	// RFC 2131, section 4.1: to ciaddr, else by the broadcast flag, else to yiaddr, which the guest does not answer ARP
 	// for yet. A NAK is always broadcast, as the guest may not have the address that it used.
-	broadcast := addr(resp.ClientIPAddr).IsUnspecified() && resp.IsBroadcast()
-	if broadcast || ip.IsUnspecified() || resp.MessageType() == dhcpv4.MessageTypeNak {
-		dst, ip = broadcastMAC, netip.AddrFrom4([4]byte{255, 255, 255, 255})
+	to := v.ciaddr
+	if to.IsUnspecified() {
+		to = v.yiaddr
+		if q.broadcast() {
+			to = netip.IPv4Unspecified()
+		}
 	}
-	own := l.serverMAC()
-	b = append(append(b, dst[:]...), own[:]...)
-	b = binary.BigEndian.AppendUint16(b, etherTypeIPv4)
-	start := len(b)
-	b = append(b, make([]byte, ipUDPLen)...)
-	b = appendMessage(b, resp, list)
-	l.putHeaders(b[start:], ip)
+	if to.IsUnspecified() || v.kind == dhcpv4.MessageTypeNak {
+		copy(frame, broadcastMAC[:])
+		to = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+	}
+	finish(frame[etherHdrLen:], to)
 	return b
 }
 
-// putHeaders fills in the IPv4 and UDP headers in front of a message.
-func (l *Lease) putHeaders(p []byte, to netip.Addr) {
-	ip, udp := p[:ipHeaderLen], p[ipHeaderLen:]
-	src, dst := l.Server.As4(), to.As4()
-	ip[0], ip[8], ip[9] = ipVersionIHL, ipTTL, protoUDP
-	binary.BigEndian.PutUint16(ip[2:], uint16(len(p)))
-	binary.BigEndian.PutUint16(ip[6:], ipDontFragment) // so that it needs no identification (RFC 6864)
-	copy(ip[12:], src[:])
+// finish sets the receiver, the lengths and the checksums of an IPv4 datagram of UDP.
+func finish(ip []byte, to netip.Addr) {
+	dst, udp := to.As4(), ip[ipHeaderLen:]
 	copy(ip[16:], dst[:])
-	binary.BigEndian.PutUint16(ip[10:], ^sum(0, ip))
-
-	binary.BigEndian.PutUint16(udp[0:], serverPort)
-	binary.BigEndian.PutUint16(udp[2:], clientPort)
+	binary.BigEndian.PutUint16(ip[2:], uint16(len(ip)))
+	binary.BigEndian.PutUint16(ip[10:], ^sum(0, ip[:ipHeaderLen]))
 	binary.BigEndian.PutUint16(udp[4:], uint16(len(udp)))
 	c := ^sum(protoUDP+uint32(len(udp))+uint32(sum(0, ip[12:20])), udp) // pseudo header: both addresses, protocol, length
 	if c == 0 {
@@ -125,24 +149,6 @@ func sum(n uint32, b []byte) uint16 {
 		n = n>>16 + n&0xffff
 	}
 	return uint16(n)
-}
-
-// appendMessage encodes a DHCP message, padded to the least size of BOOTP.
-func appendMessage(b []byte, m *dhcpv4.DHCPv4, list []byte) []byte {
-	start := len(b)
-	b = append(b, byte(m.OpCode), byte(m.HWType), byte(len(m.ClientHWAddr)), m.HopCount)
-	b = append(b, m.TransactionID[:]...)
-	b = binary.BigEndian.AppendUint16(b, m.NumSeconds)
-	b = binary.BigEndian.AppendUint16(b, m.Flags)
-	b = appendAddrs(b, addr(m.ClientIPAddr), addr(m.YourIPAddr), addr(m.ServerIPAddr), addr(m.GatewayIPAddr))
-	b = append(b, m.ClientHWAddr...)
-	b = append(b, make([]byte, start+headerLen-len(b))...) // the rest of chaddr, no server name, no boot file
-	b = append(b, 99, 130, 83, 99)                         // the cookie
-	b = appendOptions(b, m.Options, list)
-	if short := start + minBOOTP - len(b); short > 0 {
-		b = append(b, make([]byte, short)...)
-	}
-	return b
 }
 
 // answerARP gives the answer to the guest's ARP request for the server identifier, where that is no gateway's, and

@@ -99,6 +99,9 @@ func (l *Lease) route(routes []nic.Route, note func(string, ...any)) {
 		if !r.Dst.IsValid() || !r.Dst.Addr().Is4() || r.Gw.IsValid() && !r.Gw.Is4() {
 			continue
 		}
+		if r.Gw.IsUnspecified() {
+			r.Gw = netip.Addr{} // how the kernel, and option 121, say that there is none
+		}
 		dst := r.Dst.Masked()
 		if r.OnLink() && dst == l.Addr.Masked() {
 			continue // follows from address and mask
@@ -181,14 +184,11 @@ func (l *Lease) resolve(d nic.DNS, note func(string, ...any)) {
 
 // tooLong gives the codes of the options that a client of the least message size (RFC 2131, section 2) does not get.
 func (l *Lease) tooLong() []int {
-	req := &dhcpv4.DHCPv4{
-		OpCode: dhcpv4.OpcodeBootRequest, HWType: htypeEthernet, ClientHWAddr: l.MAC.HardwareAddr(),
-		Options: dhcpv4.Options{optMessageType: {byte(dhcpv4.MessageTypeDiscover)}},
-	}
-	resp := l.Reply(req)
+	r, set := newResponder(l), optionSet{}
+	r.choose(&set, &query{}, verdict{kind: dhcpv4.MessageTypeOffer, lease: true})
 	var codes []int
 	for _, c := range baseSet {
-		if resp != nil && len(l.value(c)) > 0 && !resp.Options.Has(dhcpv4.GenericOptionCode(c)) {
+		if len(r.option[c]) > 0 && !set[c] {
 			codes = append(codes, int(c))
 		}
 	}

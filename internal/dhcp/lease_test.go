@@ -2,6 +2,7 @@ package dhcp
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"net/netip"
 	"slices"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/insomniacslk/dhcp/dhcpv4"
 	"github.com/insomniacslk/dhcp/rfc1035label"
 
 	"github.com/virtlet/virtlet/internal/nic"
@@ -108,6 +110,10 @@ var leaseCases = map[string]struct {
 	"default route on the link": {
 		nic:  nic.NIC{Addrs: prefixes("10.77.0.2/32"), Routes: routes("0.0.0.0/0")},
 		want: Lease{Addr: netip.MustParsePrefix("10.77.0.2/32"), Server: linkLocalServer, Routes: routes("0.0.0.0/0")},
+	},
+	"gateway 0.0.0.0": {
+		nic:  nic.NIC{Addrs: prefixes("10.77.0.2/24"), Routes: routes("10.99.0.0/16 via 0.0.0.0")},
+		want: Lease{Addr: netip.MustParsePrefix("10.77.0.2/24"), Server: linkLocalServer, Routes: routes("10.99.0.0/16")},
 	},
 	"the guest is its own gateway": {
 		nic:  nic.NIC{Addrs: prefixes("10.77.0.2/24"), Routes: routes("10.99.0.0/16 via 10.77.0.2")},
@@ -271,5 +277,112 @@ func TestAppendNamesFar(t *testing.T) {
 	labels, err := rfc1035label.FromBytes(appendNames(nil, names))
 	if err != nil || !slices.Equal(labels.Labels, names) {
 		t.Errorf("%v, %d names of %d", err, len(labels.Labels), len(names))
+	}
+}
+
+// fuzzNIC makes a NIC of bytes: one says how many of a kind follow.
+func fuzzNIC(b []byte) nic.NIC {
+	next := func(n int) []byte {
+		out := make([]byte, n)
+		b = b[copy(out, b):]
+		return out
+	}
+	addr := func() (a netip.Addr) {
+		switch next(1)[0] % 8 {
+		case 0: // unset
+		case 1:
+			a = netip.AddrFrom16([16]byte(next(16)))
+		case 2:
+			a = netip.AddrFrom16([16]byte(append(make([]byte, 10), append([]byte{0xff, 0xff}, next(4)...)...)))
+		default:
+			a = netip.AddrFrom4([4]byte(next(4)))
+		}
+		return a
+	}
+	text := func() string { return string(next(int(next(1)[0]))) }
+	many := func(do func()) {
+		for range next(1)[0] % 64 {
+			do()
+		}
+	}
+	n := nic.NIC{Name: "eth0", MAC: nic.MAC(next(6)), MTU: int(int32(binary.BigEndian.Uint32(next(4))))}
+	many(func() { n.Addrs = append(n.Addrs, netip.PrefixFrom(addr(), int(next(1)[0]))) })
+	many(func() {
+		r := nic.Route{Dst: netip.PrefixFrom(addr(), int(next(1)[0])), Gw: addr()}
+		v := next(2)
+		r.Metric, r.MTU = int(v[0]), int(v[1])<<4
+		n.Routes = append(n.Routes, r)
+	})
+	many(func() { n.DNS.Servers = append(n.DNS.Servers, addr()) })
+	many(func() { n.DNS.Search = append(n.DNS.Search, text()) })
+	n.DNS.Domain = text()
+	return n
+}
+
+// Whatever a plugin and a namespace say of a NIC, its lease is one that can be served, and makes sense to a client.
+func FuzzNewLease(f *testing.F) {
+	// MAC, MTU, one address of 24 bits, two routes: a host on the link and the default through it.
+	plain := "\x02\x11\x22\x33\x44\x55" + "\x00\x00\x05\xdc" + "\x01\x04\xc6\x33\x64\x02\x18" +
+		"\x02\x04\xa9\xfe\x01\x01\x20\x00\x00\x00" + "\x04\x00\x00\x00\x00\x00\x04\xa9\xfe\x01\x01\x00\x00"
+	f.Add([]byte(plain), "vm-1")
+	f.Add([]byte(plain+"\x02\x04\x0a\x60\x00\x0a\x01"+strings.Repeat("\x20", 16)+"\x02\x09a.example\x07example\x03lab"), "")
+	f.Add([]byte("\x02\x11\x22\x33\x44\x55\xff\xff\xff\xff\x02\x02\x7f\x00\x00\x01\x20\x04\x0a\x00\x00\x01\xff"), strings.Repeat("x.", 120))
+	f.Fuzz(func(t *testing.T, b []byte, hostname string) {
+		n := fuzzNIC(b)
+		l, notes, ok := NewLease(n, hostname)
+		for _, note := range notes {
+			if !strings.HasPrefix(note, "eth0: ") {
+				t.Errorf("note %q", note)
+			}
+		}
+		if !ok {
+			return
+		}
+		if err := l.check(); (err != nil) != n.MAC.IsZero() {
+			t.Errorf("check: %v", err)
+		}
+		if l.Server.IsUnspecified() || l.Server == l.Addr.Addr() {
+			t.Errorf("server identifier %s", l.Server)
+		}
+		checkRoutes(t, l)
+		if l.Hostname != "" && l.Hostname != hostname || slices.ContainsFunc(l.DNS.Servers, func(a netip.Addr) bool { return !a.Is4() }) ||
+			slices.ContainsFunc(append(l.DNS.Search, l.Hostname, l.DNS.Domain), func(s string) bool { return strings.ContainsAny(s, "\x00\n $'\"`\\/;&|") }) {
+			t.Errorf("names: %+v", l)
+		}
+		all := opt{optRequestList, "\x01\x03\x06\x0c\x0f\x1a\x1c\x77\x79\xf9"}
+		for _, opts := range [][]opt{nil, {all}, {all, {optMaxSize, "\xff\xff"}}} {
+			req := request(dhcpv4.MessageTypeDiscover, opts...)
+			req.ClientHWAddr = n.MAC.HardwareAddr()
+			frame, why := answer(t, l, req)
+			if why == tooBig && l.MTU < minBOOTP+ipUDPLen {
+				continue
+			}
+			if why != "" {
+				t.Fatalf("silence: %s", why)
+			}
+			if _, _, m := decode(t, frame); m.YourIPAddr.String() != l.Addr.Addr().String() || l.MTU > minMaxSize && len(frame)-etherHdrLen > l.MTU {
+				t.Errorf("%d bytes: %s", len(frame), m.Summary())
+			}
+		}
+	})
+}
+
+// checkRoutes checks that a client which adds the routes one by one always knows the way to the next gateway.
+func checkRoutes(t *testing.T, l Lease) {
+	t.Helper()
+	for i, r := range l.Routes {
+		if !r.Dst.IsValid() || !r.Dst.Addr().Is4() || r.Dst != r.Dst.Masked() {
+			t.Errorf("route to %s", r.Dst)
+		}
+		if slices.ContainsFunc(l.Routes[:i], func(o nic.Route) bool { return o.Dst == r.Dst || o.IsDefault() }) {
+			t.Errorf("route %+v is doubled, or after the default: %+v", r, l.Routes)
+		}
+		if !r.OnLink() && !l.Addr.Masked().Contains(r.Gw) &&
+			!slices.ContainsFunc(l.Routes[:i], func(o nic.Route) bool { return o.OnLink() && o.Dst.Contains(r.Gw) }) {
+			t.Errorf("route %+v: no way to its gateway before it: %+v", r, l.Routes)
+		}
+	}
+	if l.Router.IsValid() && !slices.ContainsFunc(l.Routes, func(r nic.Route) bool { return r.IsDefault() && r.Gw == l.Router }) {
+		t.Errorf("router %s has no default route: %+v", l.Router, l.Routes)
 	}
 }

@@ -5,10 +5,7 @@ import (
 	"math"
 	"net"
 	"net/netip"
-	"slices"
 	"time"
-
-	"github.com/insomniacslk/dhcp/dhcpv4"
 )
 
 // Option codes: RFC 2132, but for 119 (RFC 3397), 121 (RFC 3442) and 249, under which Windows asked for 121 before
@@ -23,6 +20,7 @@ const (
 	optBroadcast   = 28
 	optRequestedIP = 50
 	optLeaseTime   = 51
+	optOverload    = 52
 	optMessageType = 53
 	optServerID    = 54
 	optRequestList = 55
@@ -52,9 +50,9 @@ var (
 		optMask, optRouter, optRoutes, optRoutesMS, optDNS, optMTU, optDomain, optSearch, optHostname, optBroadcast,
 	}
 
-	// first is where replies start: some clients look for the message type at the front, and the mask has to come
-	// before the router (RFC 2132, section 3.3).
-	first = []byte{optMessageType, optServerID, optLeaseTime, optT1, optT2, optMask}
+	// first is what follows the message type, which some clients look for at the front, and the server identifier. The
+	// mask has to come before the router (RFC 2132, section 3.3).
+	first = []byte{optLeaseTime, optT1, optT2, optMask}
 )
 
 // Sizes in bytes.
@@ -65,59 +63,6 @@ const (
 	minMaxSize = 576                     // what every client accepts, as an IP datagram (RFC 2131, section 2; RFC 2132, section 9.10)
 	ipUDPLen   = ipHeaderLen + udpHdrLen // what of that is not the message
 )
-
-// requestList gives what the client asks for, in its order.
-func requestList(req *dhcpv4.DHCPv4) []byte {
-	if list := req.Options[optRequestList]; len(list) > 0 {
-		return list
-	}
-	return baseSet
-}
-
-// fill adds the options that the client asks for, as far as they fit.
-func (l *Lease) fill(resp, req *dhcpv4.DHCPv4) (*dhcpv4.DHCPv4, silence) {
-	var asked [256]bool
-	for _, c := range requestList(req) {
-		asked[c] = true
-	}
-	// A client that knows classless routes ignores the router (RFC 3442); one that asks for them without knowing them
-	// well needs it.
-	asked[optRouter] = asked[optRouter] || asked[optRoutes] || asked[optRoutesMS]
-	size, limit := optionsLen(resp.Options)+headerLen+cookieLen+1, l.sizeLimit(req)
-	if size > limit {
-		return nil, tooBig
-	}
-	add := func(c byte) {
-		if _, has := resp.Options[c]; has || !asked[c] {
-			return
-		}
-		v := l.value(c)
-		if n := optionLen(v); len(v) > 0 && size+n <= limit {
-			resp.Options[c] = v
-			size += n
-		}
-	}
-	for _, c := range byNeed {
-		if c == optRoutesMS && asked[optRoutes] {
-			continue // says the same once more: the first to go
-		}
-		add(c)
-	}
-	add(optRoutesMS)
-	return resp, ""
-}
-
-// sizeLimit gives the bytes that a reply may have: what the client accepts (option 57), in one frame.
-func (l *Lease) sizeLimit(req *dhcpv4.DHCPv4) int {
-	limit := minMaxSize
-	if v := req.Options[optMaxSize]; len(v) == 2 {
-		limit = max(limit, int(binary.BigEndian.Uint16(v)))
-	}
-	if l.MTU > 0 {
-		limit = min(limit, l.MTU)
-	}
-	return limit - ipUDPLen
-}
 
 // value gives an option's bytes, or nil where the lease has nothing to say.
 func (l *Lease) value(code byte) []byte {
@@ -147,6 +92,8 @@ func (l *Lease) value(code byte) []byte {
 		return l.broadcast()
 	case optRoutes, optRoutesMS:
 		return l.routes()
+	case optServerID:
+		return appendAddrs(nil, l.Server)
 	case optLeaseTime:
 		return binary.BigEndian.AppendUint32(nil, l.seconds(1, 1))
 	case optT1: // RFC 2131, section 4.4.5
@@ -226,41 +173,12 @@ func optionLen(v []byte) int {
 	return len(v) + 2*pieces
 }
 
-func optionsLen(o dhcpv4.Options) int {
-	n := 0
-	for _, v := range o {
-		n += optionLen(v)
+// appendOption encodes an option. A value too long for one length byte goes into options of the same code, one after the
+// other (RFC 3396).
+func appendOption(b []byte, code byte, v []byte) []byte {
+	for len(v) > maxOptionLen {
+		b = append(append(b, code, maxOptionLen), v[:maxOptionLen]...)
+		v = v[maxOptionLen:]
 	}
-	return n
-}
-
-// appendOptions encodes options with the essential ones first and then in the order of the client's list, which a
-// server has to try (RFC 2132, section 9.8), and closes them. The codec sorts by code.
-func appendOptions(b []byte, o dhcpv4.Options, list []byte) []byte {
-	var done [256]bool
-	done[optPad], done[optEnd] = true, true
-	put := func(c byte) {
-		v, ok := o[c]
-		if !ok || done[c] {
-			return
-		}
-		done[c] = true
-		// RFC 3396: a value too long for one length byte goes into options of the same code, one after the other.
-		for piece := range slices.Chunk(v, maxOptionLen) {
-			b = append(append(b, c, byte(len(piece))), piece...)
-		}
-		if len(v) == 0 {
-			b = append(b, c, 0)
-		}
-	}
-	for _, c := range first {
-		put(c)
-	}
-	for _, c := range list {
-		put(c)
-	}
-	for c := range done {
-		put(byte(c))
-	}
-	return append(b, optEnd)
+	return append(append(b, code, byte(len(v))), v...)
 }

@@ -21,6 +21,8 @@ type Server struct {
 
 	Log *slog.Logger // nil: silent
 
+	responder *responder // of Lease, made for the first message
+
 	mu    sync.Mutex
 	stats Stats
 }
@@ -81,7 +83,9 @@ func (s *Server) Run(ctx context.Context) error {
 		out = frame
 		if _, err := s.Conn.WriteTo(frame, from); err != nil {
 			// A full TAP loses a reply as a wire does; the client asks again. What lasts ends the next read.
-			s.report(slog.LevelWarn, s.count(&s.stats.Unsent), "reply is lost", "err", err)
+			if n := s.count(&s.stats.Unsent); s.due(n) {
+				s.report(slog.LevelWarn, n, "reply is lost", "err", err)
+			}
 			continue
 		}
 		s.count(sent)
@@ -94,45 +98,48 @@ func (s *Server) handle(b, frame []byte) ([]byte, *uint64) {
 	if arp, ok := s.Lease.answerARP(b, frame); ok {
 		return arp, &s.stats.ARPs
 	}
-	req, err := parse(frame)
-	if err != nil {
-		s.report(slog.LevelDebug, s.count(&s.stats.Malformed), "frame is no DHCP message", "err", err)
+	if s.responder == nil {
+		s.responder = newResponder(&s.Lease)
+	}
+	var q query
+	if msg, ok := message(frame); !ok || !q.parse(msg) {
+		if n := s.count(&s.stats.Malformed); s.due(n) {
+			s.report(slog.LevelDebug, n, "frame is no DHCP message", "bytes", len(frame), "udp", ok)
+		}
 		return nil, nil
 	}
-	resp, why := s.Lease.answer(req)
-	s.heard(req, why)
-	if resp == nil {
+	out, kind, why := s.responder.reply(b, &q)
+	s.heard(&q, why)
+	if why != "" {
 		return nil, nil
 	}
-	sent := &s.stats.Acks
-	switch resp.MessageType() {
-	case dhcpv4.MessageTypeOffer:
-		sent = &s.stats.Offers
-	case dhcpv4.MessageTypeNak:
-		sent = &s.stats.Naks
-		s.report(slog.LevelWarn, s.Stats().Naks+1, "guest asked for an address that is not its own", "ciaddr", addr(req.ClientIPAddr),
-			"requested", addr(req.Options[optRequestedIP]), "addr", s.Lease.Addr)
-	case dhcpv4.MessageTypeAck:
-		s.report(slog.LevelInfo, s.Stats().Acks+1, "guest is configured", "addr", s.Lease.Addr, "inform", resp.Options[optLeaseTime] == nil)
-	}
-	return s.Lease.appendFrame(b, resp, requestList(req)), sent
+	return out, s.said(&q, kind)
 }
 
-// parse gives the DHCP message of a frame.
-func parse(frame []byte) (*dhcpv4.DHCPv4, error) {
-	msg, ok := message(frame)
-	if !ok {
-		return nil, fmt.Errorf("frame of %d bytes is no UDP datagram to port %d", len(frame), serverPort)
+// said gives the counter of a reply.
+func (s *Server) said(q *query, kind dhcpv4.MessageType) *uint64 {
+	switch kind {
+	case dhcpv4.MessageTypeOffer:
+		return &s.stats.Offers
+	case dhcpv4.MessageTypeNak:
+		if n := s.Stats().Naks + 1; s.due(n) {
+			s.report(slog.LevelWarn, n, "guest asked for an address that is not its own",
+				"ciaddr", q.addr(offCiaddr), "requested", option4(q.requested), "addr", s.Lease.Addr)
+		}
+		return &s.stats.Naks
 	}
-	return dhcpv4.FromBytes(msg)
+	if n := s.Stats().Acks + 1; s.due(n) {
+		s.report(slog.LevelInfo, n, "guest is configured", "addr", s.Lease.Addr, "inform", q.kind() == dhcpv4.MessageTypeInform)
+	}
+	return &s.stats.Acks
 }
 
 // heard counts a message, and the silence after it.
-func (s *Server) heard(req *dhcpv4.DHCPv4, why silence) {
+func (s *Server) heard(q *query, why silence) {
 	switch why {
 	case notRequest, notEthernet, otherMAC, relayed, unknownType:
 	default:
-		switch req.MessageType() {
+		switch q.kind() {
 		case dhcpv4.MessageTypeDiscover:
 			s.count(&s.stats.Discovers)
 		case dhcpv4.MessageTypeRequest:
@@ -140,14 +147,17 @@ func (s *Server) heard(req *dhcpv4.DHCPv4, why silence) {
 		case dhcpv4.MessageTypeInform:
 			s.count(&s.stats.Informs)
 		case dhcpv4.MessageTypeDecline:
-			s.report(slog.LevelWarn, s.count(&s.stats.Declines), "guest declined its address: it found another host that answers for it",
-				"addr", s.Lease.Addr)
+			if n := s.count(&s.stats.Declines); s.due(n) {
+				s.report(slog.LevelWarn, n, "guest declined its address: it found another host that answers for it", "addr", s.Lease.Addr)
+			}
 		case dhcpv4.MessageTypeRelease:
 			s.count(&s.stats.Releases)
 		}
 	}
 	if why != "" && why != nothingToDo {
-		s.report(slog.LevelDebug, s.count(&s.stats.Ignored), "message is ignored", "why", string(why), "type", req.MessageType())
+		if n := s.count(&s.stats.Ignored); s.due(n) {
+			s.report(slog.LevelDebug, n, "message is ignored", "why", string(why), "type", q.kind())
+		}
 	}
 }
 
@@ -159,9 +169,10 @@ func (s *Server) count(c *uint64) uint64 {
 	return *c
 }
 
-// report logs the first event of a kind, the second, the fourth and so on, as a guest may cause any number of them.
+// due says whether the n-th event of a kind is logged: the first, the second, the fourth and so on are, as a guest may
+// cause any number of them. It is asked before a line is made, which costs memory.
+func (s *Server) due(n uint64) bool { return s.Log != nil && n&(n-1) == 0 }
+
 func (s *Server) report(level slog.Level, n uint64, msg string, args ...any) {
-	if s.Log != nil && n&(n-1) == 0 {
-		s.Log.Log(context.Background(), level, msg, append(args, "times", n)...)
-	}
+	s.Log.Log(context.Background(), level, msg, append(args, "times", n)...)
 }

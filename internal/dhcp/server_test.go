@@ -172,3 +172,28 @@ func TestServerLosesAReply(t *testing.T) {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 }
+
+// From frame to frame no memory is allocated, with an answer or without, once the server has seen the first.
+func TestAnswersAllocateNothing(t *testing.T) {
+	list := opt{optRequestList, "\x01\x1c\x02\x03\x0f\x06\x77\x0c\x1a\x79\x2a"}
+	local := full()
+	local.Server = linkLocalServer
+	frames := map[string][]byte{
+		"DISCOVER":       broadcast(t, request(dhcpv4.MessageTypeDiscover, list, opt{optClientID, "\x01abcdef"})),
+		"REQUEST":        broadcast(t, request(dhcpv4.MessageTypeRequest, list, opt{optRequestedIP, ip("198.51.100.2")})),
+		"renewal":        broadcast(t, with(request(dhcpv4.MessageTypeRequest, list), ciaddr("198.51.100.2"))),
+		"wrong address":  broadcast(t, with(request(dhcpv4.MessageTypeRequest, list), ciaddr("198.51.100.3"))),
+		"INFORM":         broadcast(t, with(request(dhcpv4.MessageTypeInform), ciaddr("198.51.100.2"))),
+		"RELEASE":        broadcast(t, request(dhcpv4.MessageTypeRelease)),
+		"another MAC":    broadcast(t, with(request(dhcpv4.MessageTypeDiscover), func(m *dhcpv4.DHCPv4) { m.ClientHWAddr = net.HardwareAddr{2, 0, 0, 0, 0, 1} })),
+		"no message":     []byte("noise"),
+		"ARP for server": arpFor(t, mac, linkLocalServer.AsSlice()),
+	}
+	s := &Server{Lease: local}
+	out, _ := s.handle(nil, frames["DISCOVER"])
+	for name, frame := range frames {
+		if n := testing.AllocsPerRun(100, func() { s.handle(out[:0], frame) }); n != 0 {
+			t.Errorf("%s: %v allocations", name, n)
+		}
+	}
+}
