@@ -12,6 +12,8 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // ErrMonitorClosed says that the monitor's connection has ended, by QEMU's end or by Close.
@@ -242,7 +244,11 @@ func (m *Monitor) send(ctx context.Context, command string, args any, id uint64)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return m.fail(fmt.Errorf("%w: send: %w", ErrMonitorClosed, err)) // half a command may be out: no more can follow
 	}
-	if err != nil { // QEMU ended. The reader still finds its last events, then the end.
+	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+		// The reader still finds QEMU's last events, then the end.
+		return fmt.Errorf("%w by QEMU: send: %w", ErrMonitorClosed, err)
+	}
+	if err != nil {
 		return fmt.Errorf("%w: send: %w", ErrMonitorClosed, err)
 	}
 	return nil
@@ -272,7 +278,8 @@ func (m *Monitor) read(greeting chan<- message) {
 	r := bufio.NewReader(m.conn)
 	for greeted := false; ; {
 		line, err := readLine(r)
-		if errors.Is(err, io.EOF) {
+		// ECONNRESET: it ended with a command of ours unread (unix(7)).
+		if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) {
 			m.fail(fmt.Errorf("%w by QEMU", ErrMonitorClosed))
 			return
 		}
