@@ -244,6 +244,9 @@ func (m *Monitor) send(ctx context.Context, command string, args any, id uint64)
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return m.fail(fmt.Errorf("%w: send: %w", ErrMonitorClosed, err)) // half a command may be out: no more can follow
 	}
+	if errors.Is(err, net.ErrClosed) {
+		return m.cause() // whoever closed it has said why
+	}
 	if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
 		// The reader still finds QEMU's last events, then the end.
 		return fmt.Errorf("%w by QEMU: send: %w", ErrMonitorClosed, err)
