@@ -16,7 +16,7 @@ VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: ## install the Debian packages that are missing, and look for Go
+setup: ## install the Debian packages and the Go that are missing
 	@hack/setup.sh
 
 # A static binary. Go's own stamp (-buildvcs) fails in a checkout that belongs to somebody else, as under sudo.

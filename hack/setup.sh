@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that virtlet, its build and its tests need, the missing ones only, and looks for Go.
+# Installs the Debian packages that virtlet, its build and its tests need, the missing ones only, and Go.
 # A machine that has all of them is not touched and nothing is printed.
 set -euo pipefail
 

@@ -36,7 +36,7 @@ func (a *app) consoleCmd() *cobra.Command {
 		Use: "console NAME", Short: "Attach to a VM's serial console", Args: args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.vmNames,
 		Long:              "Attaches the terminal to the VM's serial console. Ctrl-] detaches; the VM runs on. Press Enter to see a prompt.",
-		Example:           "  virtlet console web\n  echo reboot | virtlet console web",
+		Example:           "  virtlet console web\n  echo poweroff | virtlet console web",
 		RunE: func(_ *cobra.Command, names []string) error {
 			conn, err := a.store.Attach(names[0])
 			if err != nil {
@@ -87,11 +87,11 @@ func copyTyped(guest io.Writer, in io.Reader) error {
 }
 
 func (a *app) stopCmd() *cobra.Command {
-	var grace time.Duration
+	grace := 30 * time.Second
 	cmd := &cobra.Command{
 		Use: "stop [-t SECONDS] NAME...", Short: "Power VMs down", Args: args(cobra.MinimumNArgs(1)),
 		ValidArgsFunction: a.vmNames,
-		Long:              "Presses the guest's power button (ACPI) and waits; a guest that has not ended in time is killed.",
+		Long:              "Presses the guest's power button (ACPI) and waits; a guest that has not ended in time is killed. One that has stopped stays as it is.",
 		Example:           "  virtlet stop web\n  virtlet stop -t 5s web db",
 		RunE: func(cmd *cobra.Command, names []string) error {
 			return each(names, func(name string) error {
@@ -104,7 +104,6 @@ func (a *app) stopCmd() *cobra.Command {
 		},
 	}
 	cmd.Flags().VarP((*seconds)(&grace), "time", "t", "how long the guest may take: 90s, 2m; a number alone is seconds")
-	grace = 30 * time.Second
 	return cmd
 }
 

@@ -23,6 +23,9 @@ func (a *app) psCmd() *cobra.Command {
 		Example: "  virtlet ps\n  virtlet ps -q | xargs virtlet stop",
 		RunE: func(*cobra.Command, []string) error {
 			all, err := a.store.List()
+			if err != nil && all == nil {
+				return err
+			}
 			switch {
 			case a.json:
 				if all == nil {
@@ -75,10 +78,8 @@ func ips(st vm.State) []string {
 		return nil
 	}
 	var all []string
-	for _, n := range st.NICs {
-		for _, p := range n.Addrs {
-			all = append(all, p.Addr().String())
-		}
+	for _, l := range st.Leases { // what the guest is given, not all that the plugins planned
+		all = append(all, l.Addr.Addr().String())
 	}
 	return all
 }
@@ -130,7 +131,7 @@ func printState(out io.Writer, st vm.State) error {
 		row("uptime", "%s", up)
 	}
 	row("created", "%s", st.Created.Format(time.RFC3339))
-	row("size", "%d CPUs, %d MiB", c.CPUs, c.Memory)
+	row("size", "%s, %d MiB", count(c.CPUs, "CPU"), c.Memory)
 	if c.Image != nil {
 		row("image", "%s", c.Image.Path)
 	}
@@ -170,7 +171,7 @@ func printState(out io.Writer, st vm.State) error {
 			if p.Vhost {
 				vhost = "vhost-net"
 			}
-			row("", "TAP %s, bridge %s, %d queues, %s", p.Tap, p.Bridge, p.Queues, vhost)
+			row("", "TAP %s, bridge %s, %s, %s", p.Tap, p.Bridge, count(p.Queues, "queue"), vhost)
 		}
 	}
 	for _, l := range st.Leases {
@@ -180,13 +181,20 @@ func printState(out io.Writer, st vm.State) error {
 		row("note", "%s", n)
 	}
 	if st.Exit != nil {
-		row("end", "%s %s", st.Exit.Reason, st.Exit.Detail)
+		row("end", "%s", strings.TrimSpace(fmt.Sprintf("%s %s", st.Exit.Reason, st.Exit.Detail)))
 	}
 	if err := w.Flush(); err != nil {
 		return err
 	}
 	_, err := fmt.Fprintln(out, st.Command)
 	return err
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
 }
 
 func network(name string) string {

@@ -66,7 +66,7 @@ const exitHelp = `Exit codes:
   0  done; the guest shut down in order
   1  error: the message on standard error says what, where and what to do
   2  wrong usage: a flag, an argument or a value
-  3  the guest panicked
+  3  the guest panicked and said so (pvpanic)
   4  QEMU ended unexpectedly
   5  the guest was killed by the user`
 
@@ -108,8 +108,9 @@ func indent(s string) string { return strings.ReplaceAll(s, "\n", "\n  ") }
 
 func (a *app) root() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "virtlet",
-		Short: "Run virtual machines on container networks",
+		Use:     "virtlet",
+		Version: version,
+		Short:   "Run virtual machines on container networks",
 		Long: `virtlet runs a QEMU guest in a network namespace that CNI plugins configure. The guest owns the pod's MAC and IP
 addresses, its routes, DNS and MTU, at layer 2 and without NAT.
 
@@ -187,22 +188,22 @@ func (a *app) vmNames(*cobra.Command, []string, string) ([]string, cobra.ShellCo
 	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
-// pluginDirs are where CNI plugins are looked for: where the user says, then where runtimes keep them, then ours.
-func pluginDirs(asked []string) []string {
+// pluginDirs are where CNI plugins are looked for: where the user says, or where runtimes keep them and where ours are.
+func pluginDirs(asked []string) vm.Plugins {
 	if len(asked) > 0 {
 		for i, dir := range asked {
 			if abs, err := filepath.Abs(dir); err == nil { // it fails without a working directory alone
 				asked[i] = abs
 			}
 		}
-		return asked
+		return vm.Plugins{Dirs: asked}
 	}
-	dirs := []string{"/opt/cni/bin", "/usr/lib/cni"}
+	p := vm.Plugins{Dirs: []string{"/opt/cni/bin", "/usr/lib/cni"}}
 	if self, err := os.Executable(); err == nil {
 		bin := filepath.Dir(self)
-		dirs = append(dirs, filepath.Join(bin, "cni"), filepath.Join(bin, "..", "libexec", "virtlet", "cni"))
+		p.Own = []string{filepath.Join(bin, "cni"), filepath.Join(bin, "..", "libexec", "virtlet", "cni")}
 	}
-	return dirs
+	return p
 }
 
 func (a *app) versionCmd() *cobra.Command {

@@ -146,7 +146,7 @@ func (f *runFlags) config(store vm.Store) (vm.Config, error) {
 	cfg.Plugins = pluginDirs(f.plugins)
 	if cfg.NetNS != "" {
 		if len(f.nets.Names)+len(f.nets.Ports)+len(f.nets.IPs)+len(f.nets.MACs) > 0 || f.nets.Bandwidth != nil {
-			return cfg, usageError{errors.New("--netns joins a namespace that somebody else configured: --network, --publish, --bandwidth, --ip and --mac are his to set")}
+			return cfg, usageError{errors.New("--netns joins a namespace that somebody else configured: --network, --publish, --bandwidth, --ip and --mac are theirs to set")}
 		}
 		return cfg, nil
 	}

@@ -41,6 +41,14 @@ var ErrUnsupported = errors.New("the network's CNI version does not have this ve
 // ErrAttached says that the cache holds something for the attachment already.
 var ErrAttached = errors.New("attached already")
 
+// UndoError says that Add failed and Del after it too: something may be left, and the attachment must not be forgotten.
+type UndoError struct{ Err error }
+
+func (e *UndoError) Error() string { return fmt.Sprintf("and undoing it: %v", e.Err) }
+
+// Unwrap gives Del's error.
+func (e *UndoError) Unwrap() error { return e.Err }
+
 // ErrNotAttached says that the cache holds no result for the attachment.
 var ErrNotAttached = errors.New("not attached")
 
@@ -80,7 +88,7 @@ func (n *Network) Attachment(containerID, netns, ifName string) Attachment {
 
 // Add runs ADD of every plugin and gives the result, converted from whatever CNI version the last plugin answered in.
 // Interface indices, names and addresses in it are not checked. When a plugin fails, Add runs Del, also when ctx is
-// done, and joins its error. Errors before the first plugin ran change nothing: [ErrMissing], [ErrAttached], a
+// done, and joins its error as an [*UndoError]. Errors before the first plugin ran change nothing: [ErrMissing], [ErrAttached], a
 // namespace that is not there.
 func (r *Runtime) Add(ctx context.Context, a Attachment) (*types100.Result, error) {
 	n, rt, err := r.open("ADD", a)
@@ -107,8 +115,10 @@ func (r *Runtime) Add(ctx context.Context, a Attachment) (*types100.Result, erro
 	if !run.started {
 		return nil, err
 	}
-	if undo := r.Del(context.WithoutCancel(ctx), a); undo != nil {
-		err = errors.Join(err, fmt.Errorf("and undoing it: %w", undo))
+	undo := *r
+	undo.Timeout = max(r.timeout(), defaultTimeout) // a short limit is for ADD; what it left has to go all the same
+	if uerr := undo.Del(context.WithoutCancel(ctx), a); uerr != nil {
+		err = errors.Join(err, &UndoError{uerr})
 	}
 	return nil, err
 }
@@ -236,6 +246,14 @@ func (r *Runtime) Status(ctx context.Context, n *Network) error {
 	ctx, cancel := withLimit(ctx, r.timeout())
 	defer cancel()
 	return plain("STATUS", n, r.libcni(r.runner(n, "STATUS"), r.noCache()).GetStatusNetworkList(ctx, n.list))
+}
+
+// Validate asks the plugins of n whether they speak its CNI version and can be found.
+func (r *Runtime) Validate(ctx context.Context, n *Network) error {
+	ctx, cancel := withLimit(ctx, r.timeout())
+	defer cancel()
+	_, err := r.libcni(r.runner(n, "VERSION"), os.DevNull).ValidateNetworkList(ctx, n.list)
+	return plain("VERSION", n, err)
 }
 
 // Cached gives what the cache says is attached, in the order of the file names. A file that is no entry is an error and

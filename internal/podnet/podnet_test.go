@@ -36,7 +36,7 @@ func TestAttachGivesTheGuestThePodsNetwork(t *testing.T) {
 			}
 		}
 	}
-	// A full-size frame passes, one byte more does not.
+	// A full-size frame passes.
 	if !guest.Ping(gw4.Addr(), "-M", "do", "-s", "1422") {
 		t.Error("a don't-fragment ping of exactly the MTU is lost")
 	}

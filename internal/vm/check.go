@@ -38,10 +38,10 @@ type Finding struct {
 // CheckRequest is what Check looks for.
 type CheckRequest struct {
 	Store   Store
-	ConfDir string   // of CNI configurations
-	Plugins []string // directories of CNI plugins
-	QEMU    string   // "": qemu-system-* of this architecture
-	QEMUImg string   // "": qemu-img
+	ConfDir string // of CNI configurations
+	Plugins Plugins
+	QEMU    string // "": qemu-system-* of this architecture
+	QEMUImg string // "": qemu-img
 }
 
 // Check looks whether this machine can run VMs, and leaves it as it is.
@@ -98,7 +98,7 @@ func (r CheckRequest) devices(context.Context) []Finding {
 		}
 		return fmt.Errorf("open %s: %w", path, err)
 	}
-	tun := found("TAP devices", open("/dev/net/tun"), "/dev/net/tun opens", "load the driver: modprobe tun")
+	tun := found("TAP devices", open("/dev/net/tun"), "/dev/net/tun opens", "load the driver (modprobe tun) as root, and run virtlet as root")
 	vhost := found("vhost-net", open("/dev/vhost-net"), "/dev/vhost-net opens", "optional, for speed: modprobe vhost_net")
 	if vhost.Level == Fail {
 		vhost.Level = Warn
@@ -129,11 +129,19 @@ func (r CheckRequest) networks(ctx context.Context) []Finding {
 	}
 	for _, n := range append(nets, r.Store.embedded()) {
 		f := Finding{Level: OK, What: fmt.Sprintf("CNI network %q", n.Name), Is: fmt.Sprintf("%s, version %s", n.File, n.Version)}
-		plugins := cni.Runtime{BinDirs: r.Plugins, CacheDir: r.Store.cniCache(), Timeout: checkTimeout}
+		plugins := cni.Runtime{BinDirs: r.Plugins.For(n.Name), CacheDir: r.Store.cniCache(), Timeout: checkTimeout}
 		if missing := plugins.Missing(n); len(missing) > 0 {
 			f.Level = Warn
 			f.Is += ": plugins not found: " + strings.Join(missing, ", ")
-			f.Do = "install them in one of " + strings.Join(r.Plugins, ", ")
+			f.Do = "install them in one of " + strings.Join(plugins.BinDirs, ", ")
+		} else if tools := n.MissingTools(); len(tools) > 0 {
+			f.Level = Warn
+			f.Is += ": its plugins run programs that are not in PATH: " + strings.Join(tools, ", ")
+			f.Do = "install them: apt-get install iptables nftables"
+		} else if err := plugins.Validate(ctx, n); err != nil {
+			f.Level = Warn
+			f.Is += ": " + err.Error()
+			f.Do = "install newer plugins, or lower the cniVersion of the configuration"
 		} else if err := plugins.Status(ctx, n); err != nil && !errors.Is(err, cni.ErrUnsupported) {
 			f.Level = Warn
 			f.Is += ": not ready: " + err.Error()

@@ -31,7 +31,7 @@ type Config struct {
 
 	// Networks are attached in this order. Start fills in ContainerID and NetNS.
 	Networks   []cni.Attachment `json:"networks,omitempty"`
-	Plugins    []string         `json:"plugins,omitempty"`    // directories of CNI plugins
+	Plugins    Plugins          `json:"plugins,omitzero"`
 	CNITimeout time.Duration    `json:"cniTimeout,omitempty"` // of one ADD; 0: 60 s
 
 	// NetNS is the path of a namespace that somebody else has configured and keeps: no ADD and no DEL then.

@@ -25,7 +25,7 @@ type Journal struct {
 	OwnNetNS    bool             `json:"ownNetNS,omitempty"` // virtlet makes it, virtlet removes it
 	Inode       uint64           `json:"inode,omitempty"`    // of a namespace that is not virtlet's own
 	Attachments []cni.Attachment `json:"attachments,omitempty"`
-	Plugins     []string         `json:"plugins,omitempty"` // where the plugins of the attachments are
+	Plugins     Plugins          `json:"plugins,omitzero"` // where the plugins of the attachments are
 	Network     *podnet.Record   `json:"network,omitempty"`
 	QEMU        *Process         `json:"qemu,omitempty"`
 }
@@ -80,8 +80,8 @@ func (s Store) undoJournal(ctx context.Context, j Journal) (own, plugins error) 
 	if j.Network != nil && j.there() {
 		own = detach(j.NetNS, *j.Network)
 	}
-	runtime := cni.Runtime{BinDirs: j.Plugins, CacheDir: s.cniCache(), Timeout: undoTimeout}
 	for _, a := range slices.Backward(j.Attachments) {
+		runtime := cni.Runtime{BinDirs: j.Plugins.For(a.Name), CacheDir: s.cniCache(), Timeout: undoTimeout}
 		own = errors.Join(own, cni.EndOrphans(a.ContainerID))
 		plugins = errors.Join(plugins, runtime.Del(context.WithoutCancel(ctx), a))
 	}

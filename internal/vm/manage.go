@@ -33,7 +33,7 @@ func (s Store) Stop(ctx context.Context, name string, grace time.Duration) (kill
 	}
 	switch st.Status {
 	case Stopped:
-		return false, fmt.Errorf("stop VM %q: %w", name, ErrStopped)
+		return false, nil
 	case Dead:
 		return false, fmt.Errorf("stop VM %q: %w: its supervisor was killed; clean up: virtlet gc", name, ErrStopped)
 	}
@@ -90,8 +90,11 @@ func (s Store) Remove(ctx context.Context, name string, force bool) error {
 	if err != nil && (!force || errors.Is(err, ErrNotFound)) {
 		return err // with force, a state that cannot be read keeps nobody from removing it
 	}
+	if !force && st.Status == Dead {
+		return fmt.Errorf("remove VM %q: its supervisor was killed; virtlet gc or virtlet rm -f cleans up", name)
+	}
 	if !force && st.Status != Stopped {
-		return fmt.Errorf("remove VM %q: %w: it is %s; stop it first, or use -f", name, ErrRunning, st.Status)
+		return fmt.Errorf("remove VM %q: %w: stop it first, or use -f", name, ErrRunning)
 	}
 	if st.Status == Running || st.Status == Starting {
 		if _, err := s.Stop(ctx, name, 0); err != nil && !errors.Is(err, ErrStopped) && !errors.Is(err, unix.ESRCH) {
@@ -140,10 +143,10 @@ type Leftover struct {
 // Clean finds what dead runs left and removes it: VMs whose supervisor was killed, with their QEMU, namespace, CNI
 // attachments and files, and attachments in libcni's cache that belong to no VM. With dryRun it only finds. Living VMs
 // and those that stopped in order stay. plugins are where the CNI plugins of forgotten attachments may be.
-func (s Store) Clean(ctx context.Context, plugins []string, dryRun bool) (found []Leftover, err error) {
+func (s Store) Clean(ctx context.Context, plugins Plugins, dryRun bool) (found []Leftover, err error) {
 	// First the cache, then the VMs: an attachment is in its VM's journal before it is in the cache, so one that is cached
 	// now and in no journal afterwards is nobody's.
-	r := cni.Runtime{BinDirs: plugins, CacheDir: s.cniCache(), Timeout: undoTimeout}
+	r := cni.Runtime{CacheDir: s.cniCache(), Timeout: undoTimeout}
 	cached, err := r.Cached()
 	if err != nil {
 		return nil, err
@@ -189,6 +192,7 @@ func (s Store) Clean(ctx context.Context, plugins []string, dryRun bool) (found 
 		}
 		found = append(found, Leftover{What: fmt.Sprintf("CNI attachment %s of container %s to network %s", a.IfName, a.ContainerID, a.Name)})
 		if !dryRun {
+			r.BinDirs = plugins.For(a.Name)
 			errs = append(errs, r.Del(ctx, a))
 		}
 	}

@@ -72,10 +72,13 @@ func (v *VM) add(ctx context.Context, a *cni.Attachment) (string, error) {
 	if err := v.record(func(j *Journal) { j.Attachments = append(j.Attachments, *a) }); err != nil {
 		return "", err
 	}
-	plugins := cni.Runtime{BinDirs: v.cfg.Plugins, CacheDir: v.store.cniCache(), Timeout: v.cfg.CNITimeout}
+	plugins := cni.Runtime{BinDirs: v.cfg.Plugins.For(a.Name), CacheDir: v.store.cniCache(), Timeout: v.cfg.CNITimeout}
 	result, err := plugins.Add(ctx, *a)
 	if err != nil {
-		// Add has undone what it did, as far as the plugins can.
+		var left *cni.UndoError
+		if errors.As(err, &left) {
+			return "", err // it stays in the journal, to be undone again
+		}
 		return "", errors.Join(err, v.record(func(j *Journal) { j.Attachments = j.Attachments[:len(j.Attachments)-1] }))
 	}
 	v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: a.Name, IfName: a.IfName, Result: result})

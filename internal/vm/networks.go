@@ -26,6 +26,24 @@ type NetworkRequest struct {
 	MACs      []string      // likewise
 }
 
+// Plugins says where CNI plugins are looked for.
+type Plugins struct {
+	Dirs []string `json:"dirs,omitempty"` // the node's
+	Own  []string `json:"own,omitempty"`  // virtlet's, of the version that the embedded network is written for
+}
+
+// For gives the directories for a network, in order of search. The node's plugins are for the node's networks and
+// virtlet's for its own: a distribution's may be too old for that.
+func (p Plugins) For(network string) []string {
+	if network == embeddedName {
+		return slices.Concat(p.Own, p.Dirs)
+	}
+	return slices.Concat(p.Dirs, p.Own)
+}
+
+// embeddedName is the name of the network of [cni.Default].
+const embeddedName = "virtlet"
+
 // PortMapping publishes a port of the guest on the host. The JSON form is the portMappings capability of the CNI
 // conventions.
 type PortMapping struct {

@@ -95,7 +95,7 @@ func (s Store) read(name string, alive bool) (State, error) {
 func (s Store) List() ([]State, error) {
 	names, err := s.names()
 	if err != nil {
-		return nil, fmt.Errorf("list VMs: %w", err)
+		return nil, fmt.Errorf("list VMs: %w (virtlet needs root)", err)
 	}
 	var all []State
 	var errs []error

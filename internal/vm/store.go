@@ -32,7 +32,7 @@ type Store struct {
 
 // Errors of a Store.
 var (
-	ErrExists   = errors.New("VM exists")
+	ErrExists   = errors.New("the name is taken")
 	ErrNotFound = errors.New("no such VM")
 	ErrRunning  = errors.New("VM is running")
 	ErrStopped  = errors.New("VM is not running")
@@ -143,7 +143,7 @@ func (s Store) sweep() error {
 
 // taken words the refusal of a name that is in use.
 func (s Store) taken(name string) error {
-	do := fmt.Sprintf("choose another --name, or remove it: virtlet rm -f %s", name)
+	do := "it is in use: choose another --name"
 	switch st, err := s.Get(name); {
 	case err != nil:
 	case st.Status == Stopped:
@@ -151,7 +151,7 @@ func (s Store) taken(name string) error {
 	case st.Status == Dead:
 		do = "its supervisor was killed; clean up: virtlet gc"
 	}
-	return fmt.Errorf("VM %q: %w: %s", name, ErrExists, do)
+	return fmt.Errorf("create VM %q: %w: %s", name, ErrExists, do)
 }
 
 // lock takes the lock of a VM that is there; [ErrRunning] when a living process has it.

@@ -60,7 +60,7 @@ func testConfig(t testing.TB, s Store, name string) Config {
 	}
 	return Config{
 		Name: name, CPUs: 1, Memory: 64, Image: emptyDisk(t), Accel: "tcg",
-		Networks: nets, Plugins: []string{testnet.Plugins(t)}, CNITimeout: 30 * time.Second,
+		Networks: nets, Plugins: Plugins{Dirs: []string{testnet.Plugins(t)}}, CNITimeout: 30 * time.Second,
 	}
 }
 
@@ -71,7 +71,7 @@ func scripted(t testing.TB, cfg *Config, plugin, body string) {
 	if err := os.WriteFile(filepath.Join(dir, plugin), []byte("#!/bin/sh\n"+body+"\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	cfg.Plugins = append([]string{dir}, cfg.Plugins...)
+	cfg.Plugins.Dirs = append([]string{dir}, cfg.Plugins.Dirs...)
 }
 
 // machineState is what a VM could leave behind, in words.
@@ -250,7 +250,7 @@ func TestFailuresLeaveNothing(t *testing.T) {
 	}{
 		"plugin fails": {
 			func(t *testing.T, c *Config) {
-				scripted(t, c, "bridge", `echo '{"cniVersion":"1.1.0","code":11,"msg":"no more addresses"}'; exit 1`)
+				scripted(t, c, "bridge", `[ $CNI_COMMAND = DEL ] && exit; echo '{"cniVersion":"1.1.0","code":11,"msg":"no more addresses"}'; exit 1`)
 			}, []string{"bridge", "virtlet", "no more addresses"},
 		},
 		"last plugin of the chain fails": {
@@ -268,7 +268,7 @@ func TestFailuresLeaveNothing(t *testing.T) {
 			[]string{"bridge", "hello"},
 		},
 		"plugin is missing": {
-			func(t *testing.T, c *Config) { c.Plugins = []string{"/nonexistent"} },
+			func(t *testing.T, c *Config) { c.Plugins.Dirs = []string{"/nonexistent"} },
 			[]string{"bridge", "/nonexistent"},
 		},
 		"QEMU is missing": {
@@ -346,6 +346,40 @@ func TestFailuresLeaveNothing(t *testing.T) {
 			nothingLeft(t, s, before)
 		})
 	}
+}
+
+// A plugin that can neither attach nor undo it now can do so later: the attachment is not forgotten.
+func TestFailedUndoIsTriedAgain(t *testing.T) {
+	s := testStore(t)
+	cfg := testConfig(t, s, "later")
+	mark := filepath.Join(t.TempDir(), "undone")
+	scripted(t, &cfg, "firewall", `[ $CNI_COMMAND = DEL ] || exit 1
+[ -e `+mark+`.ready ] || { echo '{"code":100,"msg":"datastore down"}'; exit 1; }
+touch `+mark)
+	before := machineState(t, s)
+	if v, err := Start(context.Background(), s, cfg, nil); err == nil {
+		v.Kill()
+		v.Wait()
+		t.Fatal("it started")
+	} else if !strings.Contains(err.Error(), "datastore down") || !strings.Contains(err.Error(), "virtlet gc") {
+		t.Errorf("error %q does not say what failed and what to do", err)
+	}
+	if st, err := s.Get("later"); err != nil || st.Status != Dead {
+		t.Errorf("state %s, %v: it was forgotten", st.Status, err)
+	}
+	if _, err := s.Clean(context.Background(), cfg.Plugins, false); err == nil {
+		t.Error("gc hides that the plugin still fails")
+	}
+	if err := os.WriteFile(mark+".ready", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if found, err := s.Clean(context.Background(), cfg.Plugins, false); err != nil || len(found) == 0 {
+		t.Errorf("gc: %v, %v", found, err)
+	}
+	if _, err := os.Stat(mark); err != nil {
+		t.Errorf("DEL was not called again: %v", err)
+	}
+	nothingLeft(t, s, before)
 }
 
 func TestNoRoomForTheOverlay(t *testing.T) {
