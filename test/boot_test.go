@@ -150,6 +150,43 @@ func same(t *testing.T, st vm.State, r guest.Report) {
 	}
 }
 
+// answered checks that the guest has every IPv4 address that the networks' plugins answered with, whatever was planned.
+func answered(t *testing.T, st vm.State, r guest.Report) {
+	t.Helper()
+	b, err := json.Marshal(st.Results)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var results []struct {
+		IfName string `json:"ifName"`
+		Result struct {
+			IPs []struct {
+				Address netip.Prefix `json:"address"`
+			} `json:"ips"`
+		} `json:"result"`
+	}
+	if err := json.Unmarshal(b, &results); err != nil {
+		t.Fatal(err)
+	}
+	if len(results) != len(r.NICs) {
+		t.Fatalf("%d results for %d NICs", len(results), len(r.NICs))
+	}
+	for i, res := range results {
+		n := 0
+		for _, ip := range res.Result.IPs {
+			if !ip.Address.Addr().Is4() {
+				continue
+			}
+			if n++; !slices.Contains(r.NICs[i].Addrs, ip.Address) || r.NICs[i].Name != res.IfName {
+				t.Errorf("%s has %v, its CNI result says %s on %s", r.NICs[i].Name, r.NICs[i].Addrs, ip.Address, res.IfName)
+			}
+		}
+		if n == 0 {
+			t.Errorf("the CNI result of %s has no IPv4 address", res.IfName)
+		}
+	}
+}
+
 // address gives the first IPv4 address of the i-th NIC.
 func address(t *testing.T, st vm.State, i int) netip.Addr {
 	t.Helper()
@@ -179,6 +216,7 @@ func TestBootOnTheEmbeddedNetwork(t *testing.T) {
 		"--dns", "192.0.2.53", "--dns-search", "example.test")...)
 	st, r := l.state("web"), l.report("web")
 	same(t, st, r)
+	answered(t, st, r)
 	if st.Ports[0].Queues != 2 {
 		t.Errorf("%d queues for 2 CPUs", st.Ports[0].Queues)
 	}
@@ -292,6 +330,7 @@ func TestBootOnTwoNetworks(t *testing.T) {
 	l.virtlet(l.run(conf, "", "-d", "--name", "router", "--network", "red", "--network", "blue")...)
 	st, r := l.state("router"), l.report("router")
 	same(t, st, r)
+	answered(t, st, r)
 	if st.NICs[0].Network != "red" || st.NICs[1].Network != "blue" {
 		t.Errorf("networks in the order %s, %s", st.NICs[0].Network, st.NICs[1].Network)
 	}
