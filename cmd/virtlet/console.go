@@ -96,14 +96,18 @@ func (a *app) stopCmd() *cobra.Command {
 		RunE: func(cmd *cobra.Command, names []string) error {
 			return each(names, func(name string) error {
 				killed, err := a.store.Stop(cmd.Context(), name, grace)
-				if err == nil && killed {
+				switch {
+				case err != nil || !killed:
+				case grace == 0:
+					fmt.Fprintf(a.err, "virtlet: %s was killed\n", name)
+				default:
 					fmt.Fprintf(a.err, "virtlet: %s did not power down within %s and was killed\n", name, grace)
 				}
 				return err
 			})
 		},
 	}
-	cmd.Flags().VarP((*seconds)(&grace), "time", "t", "how long the guest may take: 90s, 2m; a number alone is seconds")
+	cmd.Flags().VarP((*seconds)(&grace), "time", "t", "how long the guest may take: 90s, 2m; a number alone is seconds; 0 kills it at once")
 	return cmd
 }
 

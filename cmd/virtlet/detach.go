@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"math"
 	"os"
 	"os/signal"
 
@@ -14,7 +15,6 @@ import (
 // detached is a supervisor that was started in a session of its own, so that it outlives us and our terminal.
 type detached struct {
 	messages *os.File // what it says until it is ready; the caller closes it
-	process  *os.Process
 	signals  chan os.Signal
 }
 
@@ -36,20 +36,25 @@ func detach(args []string, cfg vm.Config) (*detached, error) {
 		return fail(err)
 	}
 	defer stdout.Close()
+	// The supervisor outlives us: what we have inherited, such as somebody's lock or the end of his pipe, is not for it.
+	// A kernel before 5.11 does not know how, and lets it inherit.
+	_ = unix.CloseRange(uint(unix.Stderr+1), math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC)
+	// Ctrl-C while it starts: it is in another session, so it is told.
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, unix.SIGINT, unix.SIGHUP, vm.PowerSignal, vm.KillSignal)
 	p, err := os.StartProcess(self, append([]string{self}, args...), &os.ProcAttr{
 		Files: []*os.File{stdin, stdout, os.Stderr},
 		Sys:   &unix.SysProcAttr{Setsid: true},
 	})
 	if err != nil {
+		signal.Stop(signals)
 		messages.Close()
 		return fail(err)
 	}
-	d := &detached{messages: messages, process: p, signals: make(chan os.Signal, 1)}
-	// Ctrl-C while it starts: it is in another session, so it is told.
-	signal.Notify(d.signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	d := &detached{messages: messages, signals: signals}
 	go func() {
-		for range d.signals {
-			_ = p.Signal(unix.SIGTERM) // it may have ended
+		for s := range signals {
+			_ = p.Signal(s) // it may have ended
 		}
 	}()
 	if err := json.NewEncoder(config).Encode(cfg); err != nil {

@@ -19,7 +19,8 @@ func (a *app) psCmd() *cobra.Command {
 		Use: "ps", Short: "List VMs", Aliases: []string{"list", "ls"}, Args: args(cobra.NoArgs),
 		Long: `Lists VMs. States:
   starting, running, stopped
-  dead      its supervisor was killed; virtlet gc cleans up`,
+  dead      its supervisor was killed; virtlet gc cleans up
+  stopped (undo failed)  something of it is left, inspect says what; virtlet gc tries again`,
 		Example: "  virtlet ps\n  virtlet ps -q | xargs virtlet stop",
 		RunE: func(*cobra.Command, []string) error {
 			all, err := a.store.List()
@@ -67,6 +68,9 @@ func or(s string) string {
 }
 
 func state(st vm.State) string {
+	if st.Left != "" {
+		return fmt.Sprintf("%s (undo failed)", st.Status)
+	}
 	if st.Exit != nil && st.Exit.Reason != vm.Shutdown {
 		return fmt.Sprintf("%s (%s)", st.Status, st.Exit.Reason)
 	}
@@ -182,6 +186,9 @@ func printState(out io.Writer, st vm.State) error {
 	}
 	if st.Exit != nil {
 		row("end", "%s", strings.TrimSpace(fmt.Sprintf("%s %s", st.Exit.Reason, st.Exit.Detail)))
+	}
+	if st.Left != "" {
+		row("left", "%s", strings.ReplaceAll(st.Left, "\n", "; "))
 	}
 	if err := w.Flush(); err != nil {
 		return err

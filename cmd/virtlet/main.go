@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/vm"
 )
@@ -30,7 +31,7 @@ func main() {
 	out := &checkedWriter{w: os.Stdout}
 	a := &app{out: out, err: os.Stderr}
 	err := a.root().Execute()
-	if err == nil && out.err != nil {
+	if err == nil && out.err != nil && !errors.Is(out.err, unix.EPIPE) { // `virtlet run ... | head`: it was enough
 		err = fmt.Errorf("write standard output: %w", out.err)
 	}
 	if err != nil {
@@ -127,8 +128,8 @@ addresses, its routes, DNS and MTU, at layer 2 and without NAT.
 	cmd.SetErr(a.err)
 	cmd.SetFlagErrorFunc(usage)
 	f := cmd.PersistentFlags()
-	f.StringVar(&a.store.Run, "run-dir", "/run/virtlet", "where VMs keep locks, state and sockets")
-	f.StringVar(&a.store.Data, "data-dir", "/var/lib/virtlet", "where VMs keep disks, logs and journals")
+	f.StringVar(&a.store.Run, "run-dir", "/run/virtlet", "where VMs keep state and sockets")
+	f.StringVar(&a.store.Data, "data-dir", "/var/lib/virtlet", "where VMs keep locks, disks, logs and journals")
 	cmd.PersistentPreRunE = func(*cobra.Command, []string) (err error) {
 		// They are handed on to a supervisor that works elsewhere.
 		for _, dir := range []*string{&a.store.Run, &a.store.Data} {

@@ -18,7 +18,6 @@ type runFlags struct {
 	cfg       vm.Config
 	nets      vm.NetworkRequest
 	detach    bool
-	remove    bool
 	memory    string
 	image     string
 	format    string
@@ -58,9 +57,9 @@ Ctrl-C presses the guest's power button; a second Ctrl-C kills it.
 				return err
 			}
 			if f.detach {
-				return a.runDetached(cfg, f.remove)
+				return a.runDetached(cfg)
 			}
-			return a.runAttached(cfg, f.remove)
+			return a.runAttached(cfg)
 		},
 	})
 	f.register(cmd.Flags())
@@ -71,7 +70,7 @@ func (f *runFlags) register(fs *pflag.FlagSet) {
 	fs.SortFlags = false
 	fs.StringVar(&f.cfg.Name, "name", "", "name of the VM and its host name (default: a made one)")
 	fs.BoolVarP(&f.detach, "detach", "d", false, "run in the background and print the name")
-	fs.BoolVar(&f.remove, "rm", false, "remove the VM when it has ended")
+	fs.BoolVar(&f.cfg.Remove, "rm", false, "remove the VM when it has ended")
 	fs.IntVar(&f.cfg.CPUs, "cpus", 1, "virtual CPUs")
 	fs.StringVar(&f.memory, "memory", "1G", "memory: 512M, 2G; a number alone is MiB")
 	fs.StringVar(&f.format, "image-format", "", "raw or qcow2 (default: by the image's header)")
@@ -97,7 +96,7 @@ func (f *runFlags) register(fs *pflag.FlagSet) {
 	fs.StringArrayVar(&f.sshKeys, "ssh-key", nil, "file of public SSH keys for cloud-init; repeatable")
 
 	fs.StringVar(&f.cfg.Accel, "accel", "auto", "auto, kvm or tcg")
-	fs.StringVar(&f.cfg.QEMU, "qemu", "", "QEMU program (default: qemu-system-* of this machine)")
+	fs.StringVar(&f.cfg.QEMU, "qemu", "", "QEMU program; a wrapper must exec it (default: qemu-system-* of this machine)")
 }
 
 // config makes the VM's configuration of the flags.

@@ -21,9 +21,9 @@ import (
 )
 
 // runAttached supervises a VM from this process and shows its console.
-func (a *app) runAttached(cfg vm.Config, remove bool) error {
+func (a *app) runAttached(cfg vm.Config) error {
 	report := a.printProgress()
-	return a.supervise(cfg, remove, report, func(v *vm.VM) error {
+	return a.supervise(cfg, report, func(v *vm.VM) error {
 		report(message{Name: v.Name(), Notes: v.Notes(), Ready: true})
 		return v.Console(a.out)
 	})
@@ -31,7 +31,7 @@ func (a *app) runAttached(cfg vm.Config, remove bool) error {
 
 // supervise runs a VM from start to end. started is called when QEMU runs and returns when the console has nothing
 // more to say; signals are obeyed all the while.
-func (a *app) supervise(cfg vm.Config, remove bool, report func(message), started func(*vm.VM) error) error {
+func (a *app) supervise(cfg vm.Config, report func(message), started func(*vm.VM) error) error {
 	signals := make(chan os.Signal, 4)
 	signal.Notify(signals, unix.SIGINT, unix.SIGHUP, vm.PowerSignal, vm.KillSignal)
 	// Written to no end of a pipe, a process that is not asked about SIGPIPE would die and leave its VM behind.
@@ -60,34 +60,38 @@ func (a *app) supervise(cfg vm.Config, remove bool, report func(message), starte
 	if err != nil {
 		return err
 	}
+	if ctx.Err() != nil { // given up a moment too late for Start: its guest has hardly begun
+		_ = v.Kill() // of a guest that has ended
+		end, err := v.Wait()
+		return errors.Join(end.Err(), err)
+	}
 	debug.FreeOSMemory() // what starting took is not needed for the long wait
-	go a.obey(v, signals, report)
+	go obey(v, signals, report)
 	shown := started(v)
 	end, err := v.Wait()
 	if errors.Is(shown, unix.EPIPE) {
 		shown = nil // whoever looked on has left
 	}
-	err = errors.Join(err, shown)
-	if remove && err == nil {
-		err = a.store.Remove(context.Background(), cfg.Name, false)
-	}
-	return errors.Join(end.Err(), err)
+	return errors.Join(end.Err(), err, shown)
 }
 
-// obey turns signals into what the guest gets. It ends with the process.
-func (a *app) obey(v *vm.VM, signals <-chan os.Signal, report func(message)) {
-	asked := false
+// obey turns signals into what the guest gets: a second Ctrl-C kills it, while [vm.PowerSignal] may come from any number
+// of `virtlet stop`. It ends with the process.
+func obey(v *vm.VM, signals <-chan os.Signal, report func(message)) {
+	interrupted := false
 	for s := range signals {
-		if asked || s == vm.KillSignal {
+		switch {
+		case s == vm.KillSignal, s == unix.SIGINT && interrupted:
 			report(message{Text: "killing the guest"})
 			_ = v.Kill() // of a guest that has ended
 			continue
+		case s == unix.SIGINT:
+			interrupted = true
+			report(message{Text: "asked the guest to power down; once more to kill it"})
+		default:
+			report(message{Text: "asked the guest to power down"})
 		}
-		asked = true
-		report(message{Text: "asked the guest to power down; once more to kill it"})
-		if err := v.Powerdown(context.Background()); err != nil {
-			report(message{Text: err.Error()})
-		}
+		v.Powerdown()
 	}
 }
 
@@ -139,8 +143,8 @@ func (a *app) printProgress() func(message) {
 }
 
 // runDetached starts a supervisor of its own session for the VM, shows its progress, and returns when QEMU runs.
-func (a *app) runDetached(cfg vm.Config, remove bool) error {
-	up, err := detach(a.superviseArgs(remove), cfg)
+func (a *app) runDetached(cfg vm.Config) error {
+	up, err := detach([]string{"supervise", "--run-dir", a.store.Run, "--data-dir", a.store.Data}, cfg)
 	if err != nil {
 		return err
 	}
@@ -174,18 +178,9 @@ type supervisorError struct {
 
 func (e *supervisorError) Error() string { return e.text }
 
-func (a *app) superviseArgs(remove bool) []string {
-	args := []string{"supervise", "--run-dir", a.store.Run, "--data-dir", a.store.Data}
-	if remove {
-		args = append(args, "--rm")
-	}
-	return args
-}
-
 // superviseCmd is the supervisor that runDetached starts: configuration on standard input, messages on standard output.
 func (a *app) superviseCmd() *cobra.Command {
-	var remove bool
-	cmd := &cobra.Command{
+	return &cobra.Command{
 		Use: "supervise", Short: "Supervise one VM (used by run -d)", Hidden: true, Args: args(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
 			var cfg vm.Config
@@ -201,7 +196,7 @@ func (a *app) superviseCmd() *cobra.Command {
 			}
 			cfg.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
 			ready := false
-			err := a.supervise(cfg, remove, report, func(v *vm.VM) error {
+			err := a.supervise(cfg, report, func(v *vm.VM) error {
 				ready = true
 				report(message{Name: v.Name(), Notes: v.Notes(), Ready: true})
 				// From here on nobody listens: standard output and error go to the VM's own log.
@@ -217,6 +212,4 @@ func (a *app) superviseCmd() *cobra.Command {
 			return err
 		},
 	}
-	cmd.Flags().BoolVar(&remove, "rm", false, "remove the VM when it has ended")
-	return cmd
 }

@@ -45,6 +45,7 @@ func KillPID(pid int, start uint64) error {
 	if StartTime(pid) != start {
 		return nil
 	}
+	_ = unix.Kill(-pid, unix.SIGKILL) // what a wrapper script started; Start made the group
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); errors.Is(err, unix.ESRCH) {
 		return nil
 	} else if err != nil {

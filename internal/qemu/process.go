@@ -152,8 +152,15 @@ func (p *Process) Wait() Exit {
 	return p.exit
 }
 
-// Kill ends the process at once (SIGKILL). It does not wait, and is no error after the end.
+// Kill ends the process at once (SIGKILL), and with it its process group: a wrapper script may have QEMU as a child. It
+// does not wait, and is no error after the end.
 func (p *Process) Kill() error {
+	select {
+	case <-p.done: // its number, and that of its group, may be another's by now
+		return nil
+	default:
+		_ = unix.Kill(-p.PID(), unix.SIGKILL) // without a group there is still the process
+	}
 	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("kill QEMU (pid %d): %w", p.PID(), err)
 	}

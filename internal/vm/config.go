@@ -48,6 +48,8 @@ type Config struct {
 	QEMU    string `json:"qemu,omitempty"`    // "": qemu-system-* of this architecture
 	QEMUImg string `json:"qemuImg,omitempty"` // "": qemu-img
 
+	Remove bool `json:"remove,omitempty"` // erase the VM when it has ended and everything is undone
+
 	Log *slog.Logger `json:"-"` // what happens while the guest runs; nil: nobody listens
 }
 

@@ -13,7 +13,7 @@ import (
 
 // The guest's serial console. QEMU's end is a socket to the supervisor, so that QEMU needs no path and no file of its
 // own. What the guest says goes to a log, and everybody who listens reads the log at his own pace: the guest never waits
-// for a slow reader, and no reader misses a byte.
+// for a slow reader. A reader that falls a whole log behind is told how much it has missed.
 const (
 	consoleLog    = "console.log"
 	consoleSocket = "console.sock"
@@ -30,12 +30,12 @@ type console struct {
 	accept net.Listener
 
 	mu      sync.Mutex
-	grown   *sync.Cond // the log has more, or the guest has ended
+	grown   *sync.Cond // the log has more, the guest has ended, or a client has left
 	file    *os.File
-	size    int64
-	started int // how many logs were begun
+	base    int64 // bytes that the guest had said before this log
+	size    int64 // of this log, in bytes
 	ended   bool
-	clients []net.Conn // all there ever were: a console is attached to by hand
+	clients map[net.Conn]bool
 
 	readers sync.WaitGroup
 	pump    sync.WaitGroup
@@ -43,7 +43,7 @@ type console struct {
 
 // newConsole takes the guest's end over (Close closes it) and listens for `virtlet console`.
 func newConsole(s Store, name string, guest net.Conn) (*console, error) {
-	c := &console{guest: guest, log: s.data(name, consoleLog)}
+	c := &console{guest: guest, log: s.data(name, consoleLog), clients: map[net.Conn]bool{}}
 	c.grown = sync.NewCond(&c.mu)
 	if err := c.begin(); err != nil {
 		return nil, err
@@ -72,20 +72,23 @@ func inDir(dir string, do func(short string) error) error {
 	return do(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
 }
 
-// begin starts a log; the one before it stays as the older part.
+// begin starts a log; the one before it stays as the older part. After an error the one before is written on.
 func (c *console) begin() error {
-	if c.file != nil {
-		c.file.Close()
-		if err := os.Rename(c.log, c.log+".1"); err != nil {
-			return fmt.Errorf("turn over the console log: %w", err)
-		}
+	next := c.log + ".next"
+	f, err := os.OpenFile(next, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err == nil && c.file != nil {
+		err = os.Rename(c.log, c.log+".1")
 	}
-	f, err := os.OpenFile(c.log, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err == nil {
+		err = os.Rename(next, c.log)
+	}
 	if err != nil {
-		return fmt.Errorf("begin the console log: %w", err)
+		f.Close() // a nil file is no obstacle
+		_ = os.Remove(next)
+		return fmt.Errorf("begin a console log: %w", err)
 	}
-	c.file, c.size = f, 0
-	c.started++
+	c.file.Close()
+	c.file, c.base, c.size = f, c.base+c.size, 0
 	return nil
 }
 
@@ -97,11 +100,10 @@ func (c *console) listen() {
 		n, err := c.guest.Read(buf)
 		c.mu.Lock()
 		if n > 0 {
-			if c.size+int64(n) > consoleLimit {
-				_ = c.begin()
+			if c.size+int64(n) <= consoleLimit || c.begin() == nil {
+				k, _ := c.file.Write(buf[:n])
+				c.size += int64(k)
 			}
-			k, _ := c.file.Write(buf[:n])
-			c.size += int64(k)
 		}
 		c.ended = err != nil
 		c.grown.Broadcast()
@@ -120,62 +122,73 @@ func (c *console) serve() {
 			return
 		}
 		c.mu.Lock()
-		c.clients = append(c.clients, conn)
+		c.clients[conn] = true
 		c.mu.Unlock()
 		c.readers.Go(func() {
-			_ = c.copyTo(conn, false) // a client that left is no error
+			_ = c.copyTo(conn, false, func() bool { return !c.clients[conn] }) // a client that left is no error
 			conn.Close()
 		})
-		go func() { // ends with the client, or with the copy above
-			_, _ = io.Copy(c.guest, conn)
-			conn.Close()
-		}()
+		c.readers.Go(func() {
+			_, _ = io.Copy(c.guest, conn) // ends when the client leaves, or with the copy above
+			c.mu.Lock()
+			delete(c.clients, conn)
+			c.grown.Broadcast()
+			c.mu.Unlock()
+		})
 	}
 }
 
-// copyTo writes the console to w until the guest has ended and w has all of it: from its beginning, or from now on.
-func (c *console) copyTo(w io.Writer, all bool) error {
+// copyTo writes the console to w until the guest has ended and w has all of it, or left says that nobody listens any
+// more: from its beginning, or from now on.
+func (c *console) copyTo(w io.Writer, all bool, left func() bool) error {
 	c.mu.Lock()
 	r, err := os.Open(c.log)
-	which, offset := c.started, c.size
+	base, pos := c.base, c.base
+	if !all {
+		pos += c.size
+	}
 	c.mu.Unlock()
 	if err != nil {
 		return err
 	}
 	defer func() { r.Close() }()
-	if !all {
-		if _, err := r.Seek(offset, io.SeekStart); err != nil {
-			return err
-		}
+	if _, err := r.Seek(pos-base, io.SeekStart); err != nil {
+		return err
 	}
 	for {
 		n, err := io.Copy(w, r)
 		if err != nil {
 			return err
 		}
-		offset += n
+		pos += n
 		c.mu.Lock()
-		for c.started == which && offset >= c.size && !c.ended {
+		for c.base == base && pos >= c.base+c.size && !c.ended && !left() {
 			c.grown.Wait()
 		}
-		turned, ended := c.started != which, c.ended
+		turned, ended := c.base != base, c.ended || left()
 		c.mu.Unlock()
 		// What r had gained before that look is still to be read: a log that turned over, or a guest that ended, writes
 		// no more to it.
 		if n, err = io.Copy(w, r); err != nil {
 			return err
 		}
-		offset += n
+		pos += n
 		switch {
 		case turned:
 			r.Close()
 			c.mu.Lock()
 			r, err = os.Open(c.log)
-			which, offset = c.started, 0
+			base = c.base
 			c.mu.Unlock()
 			if err != nil {
 				return err
 			}
+			if missed := base - pos; missed > 0 {
+				if _, err := fmt.Fprintf(w, "\r\n[virtlet: %d bytes left out, this reader is too slow]\r\n", missed); err != nil {
+					return err
+				}
+			}
+			pos = base
 		case ended:
 			return nil
 		}
@@ -185,16 +198,22 @@ func (c *console) copyTo(w io.Writer, all bool) error {
 // Close waits until every reader has the guest's last words, and closes the console. QEMU has ended.
 func (c *console) Close() error {
 	c.accept.Close()
-	c.pump.Wait() // the guest's end is closed: QEMU had the only copy
-	for _, conn := range c.clients {
-		_ = conn.SetWriteDeadline(time.Now().Add(lastWords)) // fails on those that have left
+	soon := time.Now().Add(lastWords)
+	_ = c.guest.SetDeadline(soon) // QEMU had the only copy of its end, unless a wrapper script has one
+	c.pump.Wait()
+	c.mu.Lock()
+	for conn := range c.clients {
+		_ = conn.SetWriteDeadline(soon)
 	}
+	c.mu.Unlock()
 	c.readers.Wait()
 	return errors.Join(c.guest.Close(), c.file.Close())
 }
 
 // Console writes the guest's serial console to w, from its beginning to its end, and returns then.
-func (v *VM) Console(w io.Writer) error { return v.console.copyTo(w, true) }
+func (v *VM) Console(w io.Writer) error {
+	return v.console.copyTo(w, true, func() bool { return false })
+}
 
 // Attach connects to the console of a running VM. The caller closes the connection.
 func (s Store) Attach(name string) (net.Conn, error) {

@@ -6,7 +6,9 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -21,7 +23,7 @@ func testConsole(t *testing.T) (Store, *console, net.Conn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.release() })
-	if err := writeJSON(s.run("web", "state.json"), State{Config: Config{Name: "web"}, Status: Running}); err != nil {
+	if err := writeJSON(s.run("web", "state.json"), State{Config: Config{Name: "web"}, Status: Running}, false); err != nil {
 		t.Fatal(err)
 	}
 	ours, theirs, err := socketPair("console")
@@ -40,11 +42,13 @@ func testConsole(t *testing.T) (Store, *console, net.Conn) {
 	return s, c, guest
 }
 
+func stays() bool { return false }
+
 func TestEveryReaderSeesAll(t *testing.T) {
 	s, c, guest := testConsole(t)
 	var follower, log bytes.Buffer
 	followed, logged := make(chan error, 1), make(chan error, 1)
-	go func() { followed <- c.copyTo(&follower, true) }()
+	go func() { followed <- c.copyTo(&follower, true, stays) }()
 	go func() { logged <- s.CopyLog(&log, "web", true) }()
 	client, err := s.Attach("web")
 	if err != nil {
@@ -73,10 +77,10 @@ func TestEveryReaderSeesAll(t *testing.T) {
 	if b := <-heard; !bytes.HasSuffix(want.Bytes(), b) || len(b) == 0 {
 		t.Errorf("the client got %d of %d bytes", len(b), want.Len())
 	}
-	if err := writeJSON(s.run("web", "state.json"), State{Config: Config{Name: "web"}, Status: Stopped}); err != nil {
+	if err := writeJSON(s.run("web", "state.json"), State{Config: Config{Name: "web"}, Status: Stopped}, false); err != nil {
 		t.Fatal(err)
 	}
-	os.Remove(s.run("web", "lock")) // as when its supervisor ends
+	os.Remove(s.data("web", lockFile)) // as when its supervisor ends
 	if err := <-logged; err != nil || !bytes.Equal(log.Bytes(), want.Bytes()) {
 		t.Errorf("logs -f got %d of %d bytes, %v", log.Len(), want.Len(), err)
 	}
@@ -89,7 +93,7 @@ func TestEveryReaderSeesAll(t *testing.T) {
 func TestAChattyGuestFillsNoDisk(t *testing.T) {
 	s, c, guest := testConsole(t)
 	counted, followed := &counter{}, make(chan error, 1)
-	go func() { followed <- c.copyTo(counted, true) }()
+	go func() { followed <- c.copyTo(counted, true, stays) }()
 	block := bytes.Repeat([]byte("x"), 1<<20)
 	const blocks = 40
 	for range blocks {
@@ -109,6 +113,128 @@ func TestAChattyGuestFillsNoDisk(t *testing.T) {
 		if err != nil || fi.Size() > consoleLimit {
 			t.Errorf("%s: %v, %v", name, fi, err)
 		}
+	}
+}
+
+// A reader that falls more than a log behind is told how much it has missed.
+func TestASlowReaderIsTold(t *testing.T) {
+	s, c, guest := testConsole(t)
+	w := &gated{open: make(chan struct{}), began: make(chan struct{})}
+	followed := make(chan error, 1)
+	go func() { followed <- c.copyTo(w, true, stays) }()
+	block := bytes.Repeat([]byte("x"), 1<<20)
+	const total = 4 * consoleLimit
+	for n := 0; n < total; n += len(block) {
+		if _, err := guest.Write(block); err != nil {
+			t.Fatal(err)
+		}
+	}
+	<-w.began
+	guest.Close()
+	c.mu.Lock()
+	for !c.ended {
+		c.grown.Wait()
+	}
+	c.mu.Unlock()
+	close(w.open)
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-followed; err != nil {
+		t.Fatal(err)
+	}
+	got := bytes.Count(w.got.Bytes(), []byte("x"))
+	var missed int
+	_, said, _ := bytes.Cut(w.got.Bytes(), []byte("[virtlet: "))
+	if _, err := fmt.Sscanf(string(said), "%d bytes left out", &missed); err != nil || missed == 0 {
+		t.Errorf("it was not told: %v", err)
+	}
+	if got+missed != total {
+		t.Errorf("got %d, missed %d of %d bytes", got, missed, total)
+	}
+	if fi, err := os.Stat(s.data("web", consoleLog)); err != nil || fi.Size() > consoleLimit {
+		t.Errorf("log: %v, %v", fi, err)
+	}
+}
+
+// gated is a writer whose first Write waits.
+type gated struct {
+	got         bytes.Buffer
+	began, open chan struct{}
+	once        sync.Once
+}
+
+func (g *gated) Write(b []byte) (int, error) {
+	g.once.Do(func() { close(g.began); <-g.open })
+	return g.got.Write(b)
+}
+
+// A log that cannot be begun loses what the guest says, grows no further, and goes on when it can.
+func TestLogThatCannotTurn(t *testing.T) {
+	s, c, guest := testConsole(t)
+	obstacle := s.data("web", consoleLog+".next")
+	if err := os.Mkdir(obstacle, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	block := bytes.Repeat([]byte("x"), 1<<20)
+	for range 2 * consoleLimit / len(block) {
+		if _, err := guest.Write(block); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var fi os.FileInfo
+	for fi == nil || fi.Size() == 0 {
+		fi, _ = os.Stat(s.data("web", consoleLog))
+	}
+	if fi.Size() > consoleLimit {
+		t.Errorf("the log has grown to %d bytes", fi.Size())
+	}
+	if err := os.RemoveAll(obstacle); err != nil {
+		t.Fatal(err)
+	}
+	for range consoleLimit / len(block) {
+		guest.Write(block)
+	}
+	fmt.Fprint(guest, "the end")
+	guest.Close()
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	if err := s.CopyLog(&log, "web", false); err != nil || !bytes.HasSuffix(log.Bytes(), []byte("the end")) {
+		t.Errorf("the log ends otherwise (%d bytes), %v", log.Len(), err)
+	}
+}
+
+// A client that leaves while the guest is silent costs nothing any more.
+func TestClientsThatLeave(t *testing.T) {
+	s, c, guest := testConsole(t)
+	visit := func() {
+		client, err := s.Attach("web")
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprint(client, "x")
+		io.ReadFull(guest, make([]byte, 1)) // it is being served
+		client.Close()
+	}
+	visit()
+	files, goroutines := count(t, "/proc/self/fd"), runtime.NumGoroutine()
+	for range 50 {
+		visit()
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		f, g := count(t, "/proc/self/fd"), runtime.NumGoroutine()
+		if f <= files && g <= goroutines {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("after 50 clients: %d descriptors and %d goroutines, before: %d and %d", f, g, files, goroutines)
+		}
+	}
+	guest.Close()
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -40,7 +40,7 @@ type Process struct {
 const undoTimeout = 60 * time.Second
 
 func (s Store) writeJournal(name string, j *Journal) error {
-	err := writeJSON(s.data(name, "journal.json"), j)
+	err := writeJSON(s.data(name, "journal.json"), j, true) // addresses that plugins have leased outlive a power cut
 	if s.recorded != nil {
 		s.recorded()
 	}
@@ -56,8 +56,11 @@ func (s Store) undo(ctx context.Context, name string, force bool) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	if err != nil && force {
+		return s.undoUnread(name, err)
+	}
 	if err != nil {
-		return fmt.Errorf("undo VM %s: %w", name, err)
+		return fmt.Errorf("undo VM %s (virtlet rm -f %[1]s does what can be done without it): %w", name, err)
 	}
 	own, plugins := s.undoJournal(ctx, j)
 	if err := errors.Join(own, plugins); err != nil && (own != nil || !force) {
@@ -67,6 +70,16 @@ func (s Store) undo(ctx context.Context, name string, force bool) error {
 		plugins = fmt.Errorf("removed VM %s, but a CNI plugin may have left something: %w", name, plugins)
 	}
 	return errors.Join(plugins, os.Remove(s.data(name, "journal.json")))
+}
+
+// undoUnread does without a journal that cannot be read: it removes the namespace that has the VM's name, and says that
+// more may be left.
+func (s Store) undoUnread(name string, unread error) error {
+	err := netns.Remove(ownNetNS(name))
+	if err == nil {
+		err = os.Remove(s.data(name, "journal.json"))
+	}
+	return errors.Join(fmt.Errorf("removed VM %s without its journal; CNI plugins may have left something (virtlet gc ends what is cached): %w", name, unread), err)
 }
 
 // undoJournal gives apart what virtlet could not undo and what plugins could not.

@@ -74,7 +74,12 @@ func copyFile(w io.Writer, path string) error {
 func (s Store) RedirectLog(name string) error {
 	f, err := os.OpenFile(s.data(name, "supervisor.log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
-		return fmt.Errorf("open the supervisor's log: %w", err)
+		// Whoever started us must not wait for us to let go of his.
+		null, nerr := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+		if nerr != nil {
+			return errors.Join(err, nerr)
+		}
+		f = null
 	}
 	defer f.Close()
 	for _, fd := range []int{unix.Stdout, unix.Stderr} {

@@ -17,7 +17,7 @@ import (
 
 // The signals of a supervisor.
 const (
-	PowerSignal = unix.SIGTERM // press the guest's power button; SIGINT does the same, and a second of either kills
+	PowerSignal = unix.SIGTERM // press the guest's power button, however often it comes
 	KillSignal  = unix.SIGQUIT // end QEMU at once
 )
 
@@ -44,6 +44,9 @@ func (s Store) Stop(ctx context.Context, name string, grace time.Duration) (kill
 		}
 	}
 	supervisor, err := open(st.Supervisor)
+	if errors.Is(err, unix.ESRCH) { // it has ended since
+		return false, s.ended(name)
+	}
 	if err != nil {
 		return false, fmt.Errorf("stop VM %q: %w", name, err)
 	}
@@ -60,14 +63,32 @@ func (s Store) Stop(ctx context.Context, name string, grace time.Duration) (kill
 		if err := unix.PidfdSendSignal(supervisor, step.signal, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 			return killed, fmt.Errorf("stop VM %q: signal its supervisor: %w", name, err)
 		}
-		if free, err := s.await(ctx, name, step.wait); free || err != nil {
+		if gone, err := awaitEnd(ctx, supervisor, step.wait); err != nil {
 			return killed, err
+		} else if gone {
+			return killed, s.ended(name)
 		}
 	}
 	return killed, fmt.Errorf("stop VM %q: its supervisor (pid %d) is still cleaning up after %s", name, st.Supervisor.PID, killGrace)
 }
 
-// open gives a descriptor of a process that is still the one named.
+// ended says what a VM that has ended has left undone.
+func (s Store) ended(name string) error {
+	st, err := s.Get(name)
+	switch {
+	case errors.Is(err, ErrNotFound): // started with --rm, or its start was given up
+		return nil
+	case err != nil:
+		return err
+	case st.Status == Dead:
+		return fmt.Errorf("stop VM %q: its supervisor ended without cleaning up; virtlet gc does", name)
+	case st.Status == Stopped && !s.inOrder(name, st):
+		return fmt.Errorf("VM %q has ended, but not everything could be undone (virtlet gc tries again): %s", name, st.Left)
+	}
+	return nil
+}
+
+// open gives a descriptor of a process that is still the one named; ESRCH when there is none.
 func open(p Process) (int, error) {
 	fd, err := unix.PidfdOpen(p.PID, 0)
 	if err == nil && qemu.StartTime(p.PID) != p.Start {
@@ -78,6 +99,24 @@ func open(p Process) (int, error) {
 		return -1, fmt.Errorf("find supervisor (pid %d): %w", p.PID, err)
 	}
 	return fd, nil
+}
+
+// awaitEnd waits until the process of a pidfd has ended, d has passed or ctx has ended, and says whether it is gone.
+func awaitEnd(ctx context.Context, pidfd int, d time.Duration) (bool, error) {
+	const look = 200 * time.Millisecond // for ctx
+	for end := time.Now().Add(d); ; {
+		left := time.Until(end)
+		if left <= 0 {
+			return false, nil
+		}
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, int(min(left, look).Milliseconds())+1)
+		if n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
+			return n > 0, err
+		}
+		if err := ctx.Err(); err != nil {
+			return false, err
+		}
+	}
 }
 
 // Remove removes a VM that has ended, with its logs. force stops a running one first, without asking its guest, and
@@ -101,6 +140,11 @@ func (s Store) Remove(ctx context.Context, name string, force bool) error {
 			return err
 		}
 	}
+	// One that has written its last state still holds the lock for a moment.
+	const moment = 5 * time.Second
+	if _, err := s.await(ctx, name, moment); err != nil {
+		return err
+	}
 	err = s.clean(ctx, name, force, false)
 	if errors.Is(err, ErrNotFound) {
 		return nil // a failed start erases itself
@@ -109,21 +153,25 @@ func (s Store) Remove(ctx context.Context, name string, force bool) error {
 }
 
 // clean undoes and erases one VM that no process cares for. With force, plugins that fail are an error but no obstacle.
-// With leftAlone a VM that has ended in order is not found: the name may have changed hands since somebody looked.
-func (s Store) clean(ctx context.Context, name string, force, leftAlone bool) error {
+// With onlyDead a VM that has ended in order is not found, as the name may have changed hands since somebody looked, and
+// one that has ended with something undone keeps its logs.
+func (s Store) clean(ctx context.Context, name string, force, onlyDead bool) error {
 	l, err := s.lock(name)
 	if err != nil {
 		return err
 	}
 	defer l.release()
-	if leftAlone {
-		if st, err := s.read(name, false); err == nil && s.inOrder(name, st) {
-			return fmt.Errorf("VM %q: %w", name, ErrNotFound)
-		}
+	st, unread := s.read(name, false)
+	if onlyDead && unread == nil && s.inOrder(name, st) {
+		return fmt.Errorf("VM %q: %w", name, ErrNotFound)
 	}
 	err = s.undo(ctx, name, force)
 	if _, left := os.Stat(s.data(name, "journal.json")); left == nil {
 		return err
+	}
+	if onlyDead && unread == nil && st.Status == Stopped {
+		st.Left = ""
+		return errors.Join(err, s.writeLast(st))
 	}
 	return errors.Join(err, s.erase(name))
 }
@@ -147,15 +195,15 @@ func (s Store) Clean(ctx context.Context, plugins Plugins, dryRun bool) (found [
 	// First the cache, then the VMs: an attachment is in its VM's journal before it is in the cache, so one that is cached
 	// now and in no journal afterwards is nobody's.
 	r := cni.Runtime{CacheDir: s.cniCache(), Timeout: undoTimeout}
+	var errs []error
 	cached, err := r.Cached()
 	if err != nil {
-		return nil, err
+		errs = append(errs, err) // one bad file does not hide the others
 	}
 	names, err := s.names()
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(append(errs, err)...)
 	}
-	var errs []error
 	var living []string // container IDs
 	if !dryRun {
 		errs = append(errs, s.sweep())
@@ -170,8 +218,10 @@ func (s Store) Clean(ctx context.Context, plugins Plugins, dryRun bool) (found [
 		if errors.Is(err, ErrNotFound) {
 			continue
 		}
-		if err != nil || st.Status == Starting || st.Status == Running || s.inOrder(name, st) {
-			errs = append(errs, err)
+		if err != nil { // of a state that cannot be read; the lock still says who lives
+			st = State{Status: Dead}
+		}
+		if s.alive(name) || st.Status == Starting || st.Status == Running || s.inOrder(name, st) {
 			continue
 		}
 		left := leftovers(name, st, j)
@@ -186,8 +236,10 @@ func (s Store) Clean(ctx context.Context, plugins Plugins, dryRun bool) (found [
 	}
 	// What libcni's cache knows and no VM does. The cache outlives a reboot, as do the addresses that an IPAM plugin
 	// keeps on disk.
+	now, _ := r.Cached() // what has gone since has been ended in order; its error is told above
 	for _, a := range cached {
-		if slices.Contains(living, a.ContainerID) {
+		still := slices.ContainsFunc(now, func(n cni.Attachment) bool { return n.ContainerID == a.ContainerID && n.IfName == a.IfName })
+		if !still || slices.Contains(living, a.ContainerID) {
 			continue
 		}
 		found = append(found, Leftover{What: fmt.Sprintf("CNI attachment %s of container %s to network %s", a.IfName, a.ContainerID, a.Name)})

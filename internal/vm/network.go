@@ -23,7 +23,7 @@ import (
 func (v *VM) enter() (string, error) {
 	path, own := v.cfg.NetNS, false
 	if path == "" {
-		path, own = filepath.Join(netns.Dir, "virtlet-"+v.cfg.Name), true
+		path, own = ownNetNS(v.cfg.Name), true
 		if netns.Exists(path) {
 			// Not in our journal, so not ours to remove at a failure.
 			return "", fmt.Errorf("network namespace %s is there already and belongs to no VM in %s: choose another --name, or `ip netns del %s` if nobody uses it",
@@ -43,12 +43,18 @@ func (v *VM) enter() (string, error) {
 	}
 	v.state.NetNS = path
 	if own {
-		v.ns, err = netns.Create(filepath.Base(path))
+		if v.ns, err = netns.Create(filepath.Base(path)); errors.Is(err, netns.ErrExist) {
+			// Somebody made it since the look above: it is his, and not to be undone.
+			err = errors.Join(err, v.record(func(j *Journal) { j.NetNS, j.OwnNetNS = "", false }))
+		}
 	} else {
 		v.ns, err = netns.Open(path)
 	}
 	return path, err
 }
+
+// ownNetNS is where a VM's own namespace is pinned.
+func ownNetNS(name string) string { return filepath.Join(netns.Dir, "virtlet-"+name) }
 
 // foreign checks that a namespace that is to be joined is not the node's own, and gives its inode, by which it is known
 // when the path has come to mean another.
@@ -140,7 +146,11 @@ func (v *VM) serveDHCP() (string, error) {
 		v.state.Leases = append(v.state.Leases, lease)
 		server := dhcp.Server{Lease: lease, Conn: conn, Log: v.log(p.NIC.Name)}
 		v.serve.Go(func() error {
-			return server.Run(ctx)
+			err := server.Run(ctx)
+			if err != nil && v.cfg.Log != nil {
+				v.log(p.NIC.Name).Error("the guest gets no more answers to DHCP", "err", err)
+			}
+			return err
 		})
 		words = append(words, fmt.Sprintf("%s on %s", lease.Addr, p.NIC.Name))
 	}

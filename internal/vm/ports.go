@@ -44,14 +44,14 @@ func (s Store) portsFree(c Config) error {
 	}
 	all, _ := s.List() // a VM that cannot be read is no reason not to start another
 	for _, st := range all {
-		if st.Config.Name == c.Name || st.Status != Starting && st.Status != Running {
-			continue
+		if st.Config.Name == c.Name || s.inOrder(st.Config.Name, st) {
+			continue // its ports are free; those of a dead one are still mapped
 		}
 		theirs, _ := st.Config.ports()
 		for _, p := range mine {
 			for _, q := range theirs {
 				if p.collides(q) {
-					return fmt.Errorf("port %d/%s is published by VM %q: choose another, or stop that VM", p.HostPort, p.Protocol, st.Config.Name)
+					return fmt.Errorf("port %d/%s is published by VM %q: choose another, or end that VM (virtlet ps shows its state, virtlet gc cleans up after a dead one)", p.HostPort, p.Protocol, st.Config.Name)
 				}
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"slices"
 	"time"
 
@@ -37,6 +38,7 @@ type State struct {
 	NetNS      string       `json:"netns"`
 	Results    []Result     `json:"results,omitempty"`
 	NICs       []nic.NIC    `json:"nics"`
+	Left       string       `json:"left,omitempty"` // what could not be undone at the end, and why
 	Ports      []PortState  `json:"ports,omitempty"`
 	Leases     []dhcp.Lease `json:"leases,omitempty"`
 	Accel      string       `json:"accel,omitempty"`
@@ -78,17 +80,29 @@ func (s Store) Get(name string) (State, error) {
 func (s Store) read(name string, alive bool) (State, error) {
 	st := State{Config: Config{Name: name}, Status: Starting}
 	err := readJSON(s.run(name, "state.json"), &st)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = readJSON(s.data(name, "state.json"), &st)
+	}
 	if errors.Is(err, fs.ErrNotExist) && !alive {
 		if names, err := s.names(); err != nil || !slices.Contains(names, name) {
 			return State{}, errors.Join(fmt.Errorf("VM %q: %w: `virtlet ps` lists those that are there", name, ErrNotFound), err)
 		}
 	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return State{}, err
+		return State{}, fmt.Errorf("%w: virtlet rm -f %s removes the VM", err, name)
 	}
 	if !alive && st.Status != Stopped {
 		st.Status = Dead
 	}
 	return st, nil
+}
+
+// writeLast keeps the state of a VM that has ended, where it outlives a reboot. The VM's lock is held.
+func (s Store) writeLast(st State) error {
+	name := st.Config.Name
+	if err := writeJSON(s.data(name, "state.json"), &st, false); err != nil {
+		return errors.Join(err, writeJSON(s.run(name, "state.json"), &st, false)) // the disk may be full
+	}
+	return os.RemoveAll(s.run(name))
 }
 
 // List gives the states of all VMs, the oldest first. A VM that cannot be read is an error beside the others.

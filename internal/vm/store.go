@@ -17,12 +17,13 @@ import (
 
 // Store is where VMs are kept on disk. Nothing but these files is shared between the processes of virtlet.
 //
-//	<Run>/NAME/   lock, state.json, console.sock    gone after a reboot, as is the VM
-//	<Data>/NAME/  journal.json, console.log, supervisor.log, disk.qcow2, seed.iso
+//	<Run>/NAME/   state.json, console.sock    gone after its end or a reboot, as is the VM
+//	<Data>/NAME/  lock, journal.json, console.log, supervisor.log, disk.qcow2, seed.iso; state.json of one that has ended
 //	<Run>/ipam/   leases of the embedded network
 //	<Data>/cni/   libcni's cached results
 //
-// A VM lives as long as its supervisor holds the lock.
+// A VM lives as long as its supervisor holds the lock. The lock is beside the journal: whoever can undo a VM also sees
+// that it lives.
 type Store struct {
 	Run  string // /run/virtlet
 	Data string // /var/lib/virtlet
@@ -67,19 +68,16 @@ func (s Store) ipam() string     { return s.run("ipam") }
 // names gives every VM that has left a trace, in order.
 func (s Store) names() ([]string, error) {
 	var all []string
-	for _, dir := range []string{s.Run, s.Data} {
-		entries, err := os.ReadDir(dir)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
-		}
-		for _, e := range entries {
-			if e.IsDir() && CheckName(e.Name()) == nil {
-				all = append(all, e.Name())
-			}
+	entries, err := os.ReadDir(s.Data) // sorted
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, e := range entries {
+		if e.IsDir() && CheckName(e.Name()) == nil {
+			all = append(all, e.Name())
 		}
 	}
-	slices.Sort(all)
-	return slices.Compact(all), nil
+	return all, nil
 }
 
 // lock is the sign that a process cares for a VM; closing the file gives it up, as does the process's end.
@@ -97,42 +95,45 @@ const (
 	passing  = ".tmp-" // begins a directory that comes or goes; no VM has such a name
 )
 
-// create makes the directories of a new VM and takes its lock. The run directory appears with the lock held, so nobody
+// create makes the directories of a new VM and takes its lock. The data directory appears with the lock held, so nobody
 // can take the VM for one that nobody cares for.
 func (s Store) create(name string) (lock, error) {
 	fail := func(err error) (lock, error) { return lock{}, fmt.Errorf("create VM %s: %w", name, err) }
+	if filepath.Clean(s.Run) == filepath.Clean(s.Data) {
+		return lock{}, wrong("--run-dir and --data-dir are both %s: use two directories", s.Run)
+	}
 	for _, dir := range []string{s.Run, s.Data} {
 		if err := os.MkdirAll(dir, 0o711); err != nil {
 			return fail(fmt.Errorf("%w (virtlet needs root)", err))
 		}
 	}
-	tmp, err := os.MkdirTemp(s.Run, passing+name+"-*")
+	tmp, err := os.MkdirTemp(s.Data, passing+name+"-*")
 	if err != nil {
 		return fail(err)
 	}
 	l, err := takeLock(filepath.Join(tmp, lockFile))
 	if err == nil {
 		// A directory is replaced by rename(2) only if it is empty, and that of a VM never is.
-		err = os.Rename(tmp, s.run(name))
-	}
-	if err != nil {
-		err = errors.Join(err, os.RemoveAll(tmp), l.release())
-	} else if err = os.Mkdir(s.data(name), 0o700); err != nil {
-		// A data directory without a run directory is what a reboot left.
-		err = errors.Join(err, os.RemoveAll(s.run(name)), l.release())
+		err = os.Rename(tmp, s.data(name))
 	}
 	if errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTEMPTY) {
-		return lock{}, s.taken(name)
+		return lock{}, errors.Join(s.taken(name), os.RemoveAll(tmp), l.release())
 	}
 	if err != nil {
-		return fail(err)
+		return fail(errors.Join(err, os.RemoveAll(tmp), l.release()))
+	}
+	if err := os.Mkdir(s.run(name), 0o700); err != nil {
+		if errors.Is(err, fs.ErrExist) {
+			err = fmt.Errorf("%s is there already: a VM of another data directory uses it, or its files were removed by hand (then remove it too)", s.run(name))
+		}
+		return fail(errors.Join(err, os.RemoveAll(s.data(name)), l.release()))
 	}
 	return l, nil
 }
 
 // sweep removes what a killed create or erase left behind. A living one takes milliseconds.
 func (s Store) sweep() error {
-	left, err := filepath.Glob(filepath.Join(s.Run, passing+"*"))
+	left, err := filepath.Glob(filepath.Join(s.Data, passing+"*"))
 	for _, dir := range left {
 		if fi, serr := os.Stat(dir); serr == nil && time.Since(fi.ModTime()) > time.Minute {
 			err = errors.Join(err, os.RemoveAll(dir))
@@ -156,13 +157,7 @@ func (s Store) taken(name string) error {
 
 // lock takes the lock of a VM that is there; [ErrRunning] when a living process has it.
 func (s Store) lock(name string) (lock, error) {
-	// After a reboot only the data directory is left; the lock is the same for all.
-	if _, err := os.Stat(s.data(name)); err == nil {
-		if err := os.MkdirAll(s.run(name), 0o700); err != nil {
-			return lock{}, fmt.Errorf("lock VM %s: %w", name, err)
-		}
-	}
-	l, err := takeLock(s.run(name, lockFile))
+	l, err := takeLock(s.data(name, lockFile))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return lock{}, fmt.Errorf("VM %q: %w", name, ErrNotFound)
@@ -172,7 +167,7 @@ func (s Store) lock(name string) (lock, error) {
 		return lock{}, fmt.Errorf("lock VM %s: %w", name, err)
 	}
 	// The file may have been removed between open and lock: then the lock is worth nothing.
-	if !sameFileAt(l.f, s.run(name, lockFile)) {
+	if !sameFileAt(l.f, s.data(name, lockFile)) {
 		l.release()
 		return lock{}, fmt.Errorf("VM %q: %w", name, ErrNotFound)
 	}
@@ -196,13 +191,13 @@ func takeLock(path string) (lock, error) {
 // alive says whether a process holds the VM's lock.
 func (s Store) alive(name string) bool {
 	for {
-		f, err := os.Open(s.run(name, lockFile))
+		f, err := os.Open(s.data(name, lockFile))
 		if err != nil {
 			return false
 		}
 		l := unix.Flock_t{Type: unix.F_WRLCK}
 		held := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l) == nil && l.Type != unix.F_UNLCK
-		same := sameFileAt(f, s.run(name, lockFile))
+		same := sameFileAt(f, s.data(name, lockFile))
 		f.Close()
 		if held || same {
 			return held
@@ -235,25 +230,25 @@ func (s Store) await(ctx context.Context, name string, d time.Duration) (bool, e
 	return true, nil
 }
 
-// erase removes all files of a VM; its lock is held. The run directory goes at once, lock and all, so nobody sees a VM
+// erase removes all files of a VM; its lock is held. The data directory goes at once, lock and all, so nobody sees a VM
 // without a lock. Killed in between, it can be done again.
 func (s Store) erase(name string) error {
-	if err := os.RemoveAll(s.data(name)); err != nil {
+	if err := os.RemoveAll(s.run(name)); err != nil {
 		return err
 	}
-	tmp, err := os.MkdirTemp(s.Run, passing+name+"-*")
+	tmp, err := os.MkdirTemp(s.Data, passing+name+"-*")
 	if err != nil {
 		return err
 	}
-	if err := os.Rename(s.run(name), filepath.Join(tmp, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Rename(s.data(name), filepath.Join(tmp, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return errors.Join(err, os.RemoveAll(tmp))
 	}
 	return os.RemoveAll(tmp)
 }
 
-// writeJSON replaces a file in one step: a reader, and a process after a crash, sees the old or the new content. It does
-// not wait for the disk: what a VM has done to its machine does not outlive a power cut.
-func writeJSON(path string, v any) error {
+// writeJSON replaces a file in one step: a reader, and a process after a crash, sees the old or the new content. With
+// durable it waits for the disk, so that the same is true after a power cut.
+func writeJSON(path string, v any, durable bool) error {
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
@@ -263,6 +258,9 @@ func writeJSON(path string, v any) error {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	_, err = f.Write(append(b, '\n'))
+	if err == nil && durable {
+		err = f.Sync()
+	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		return errors.Join(fmt.Errorf("write %s: %w", path, err), os.Remove(f.Name()))
 	}

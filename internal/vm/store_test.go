@@ -115,7 +115,7 @@ func TestStates(t *testing.T) {
 	}
 	write := func(status Status) {
 		t.Helper()
-		if err := writeJSON(s.run("web", "state.json"), State{Config: Config{Name: "web"}, Status: status}); err != nil {
+		if err := writeJSON(s.run("web", "state.json"), State{Config: Config{Name: "web"}, Status: status}, false); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -190,7 +190,7 @@ func TestWriteJSONIsWhole(t *testing.T) {
 	go func() {
 		defer close(done)
 		for i := range 200 {
-			if err := writeJSON(path, make([]int, i*100)); err != nil {
+			if err := writeJSON(path, make([]int, i*100), false); err != nil {
 				t.Error(err)
 			}
 		}

@@ -15,7 +15,7 @@ import (
 	"io"
 	"net"
 	"os"
-	"strings"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/qemu"
 )
@@ -69,7 +70,11 @@ func Start(ctx context.Context, s Store, cfg Config, progress Progress) (*VM, er
 		return nil, err
 	}
 	v := &VM{store: s, cfg: cfg, done: make(chan struct{}), powerdown: make(chan struct{}), quiet: func() {}, progress: serial(progress)}
-	if err := v.start(ctx); err != nil {
+	err := v.start(ctx)
+	if err == nil {
+		err = ctx.Err() // a last step that did not look
+	}
+	if err != nil {
 		return nil, errors.Join(err, v.abandon(ctx))
 	}
 	go v.supervise()
@@ -112,7 +117,7 @@ func (v *VM) claim() (string, error) {
 	v.id = hex.EncodeToString(b[:])
 	self := os.Getpid()
 	v.state = State{
-		Config: v.cfg, Status: Starting, Created: time.Now(), NetNS: v.cfg.NetNS,
+		Config: v.cfg, Status: Starting, Created: time.Now(), NetNS: v.cfg.NetNS, NICs: []nic.NIC{},
 		Supervisor: Process{PID: self, Start: qemu.StartTime(self)},
 	}
 	if err := v.save(); err != nil {
@@ -124,7 +129,7 @@ func (v *VM) claim() (string, error) {
 
 func (v *VM) save() error {
 	v.state.Config = v.cfg
-	return writeJSON(v.store.run(v.cfg.Name, "state.json"), &v.state)
+	return writeJSON(v.store.run(v.cfg.Name, "state.json"), &v.state, false)
 }
 
 // record writes the journal with one more entry, before the effect of that entry.
@@ -178,7 +183,18 @@ func (v *VM) stopServing() error {
 	for _, c := range v.closers() {
 		errs = append(errs, c.Close())
 	}
-	return errors.Join(errs...)
+	if v.ns == nil {
+		return errors.Join(errs...)
+	}
+	// Through the namespace that is open: a path that somebody removed meanwhile does not keep us from putting it back.
+	if v.journal.Network != nil {
+		err := podnet.Detach(v.ns, *v.journal.Network)
+		if err == nil {
+			err = v.record(func(j *Journal) { j.Network = nil })
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(append(errs, v.ns.Close())...)
 }
 
 func (v *VM) closers() []io.Closer {
@@ -188,9 +204,6 @@ func (v *VM) closers() []io.Closer {
 	}
 	if v.console != nil {
 		all = append(all, v.console)
-	}
-	if v.ns != nil {
-		all = append(all, v.ns)
 	}
 	return all
 }
@@ -236,7 +249,7 @@ func NewName() string {
 // note keeps sentences for the user, once each.
 func (v *VM) note(notes ...string) {
 	for _, n := range notes {
-		if !strings.Contains(strings.Join(v.state.Notes, "\n"), n) {
+		if !slices.Contains(v.state.Notes, n) {
 			v.state.Notes = append(v.state.Notes, n)
 		}
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
 	"sync"
 	"time"
@@ -57,15 +56,9 @@ func (v *VM) Wait() (Exit, error) {
 // boots does not hear it, one that powers down is not disturbed.
 const pressAgain = 5 * time.Second
 
-// Powerdown presses the guest's power button (ACPI), again and again until the guest has ended. Whether and when it
-// obeys is its own affair. An error means that the button could not be pressed at all.
-func (v *VM) Powerdown(ctx context.Context) error {
-	if err := v.press(ctx); err != nil {
-		return err
-	}
-	v.asked.Do(func() { close(v.powerdown) })
-	return nil
-}
+// Powerdown presses the guest's power button (ACPI), again and again until the guest has ended, and does not wait.
+// Whether and when the guest obeys is its own affair; a QEMU that hangs does not hear it, and Kill ends that too.
+func (v *VM) Powerdown() { v.asked.Do(func() { close(v.powerdown) }) }
 
 // keepPressing presses the power button again and again, once it has been pressed, until the guest has ended.
 func (v *VM) keepPressing() {
@@ -77,26 +70,17 @@ func (v *VM) keepPressing() {
 	again := time.NewTicker(pressAgain)
 	defer again.Stop()
 	for {
+		ctx, cancel := context.WithTimeout(context.Background(), pressAgain)
+		if err := v.monitor.Powerdown(ctx); err != nil && v.cfg.Log != nil {
+			v.cfg.Log.Warn("press the power button", "vm", v.cfg.Name, "err", err)
+		}
+		cancel()
 		select {
 		case <-v.proc.Done():
 			return
 		case <-again.C:
-			_ = v.press(context.Background()) // it worked before; the guest's end is the likely reason
 		}
 	}
-}
-
-func (v *VM) press(ctx context.Context) error {
-	err := v.monitor.Powerdown(ctx)
-	select {
-	case <-v.proc.Done():
-		return nil // it has ended anyway
-	default:
-	}
-	if err != nil {
-		return fmt.Errorf("power down VM %s: %w", v.cfg.Name, err)
-	}
-	return nil
 }
 
 // Kill ends QEMU at once; the guest has no say.
@@ -118,8 +102,15 @@ func (v *VM) supervise() {
 			v.err = errors.Join(v.err, err)
 		}
 	}
+	if v.cfg.Remove && v.err == nil { // with the lock held: the name passes on at once
+		v.err = errors.Join(v.store.erase(v.cfg.Name), v.lock.release())
+		return
+	}
 	v.state.Status, v.state.Finished, v.state.Exit, v.state.QEMU = Stopped, time.Now(), &v.exit, Process{}
-	v.err = errors.Join(v.err, v.save(), v.lock.release())
+	if v.err != nil {
+		v.state.Left = v.err.Error()
+	}
+	v.err = errors.Join(v.err, v.store.writeLast(v.state), v.lock.release())
 }
 
 // awaitEnd listens to QEMU until it ends, and works out why it did.
