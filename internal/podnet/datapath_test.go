@@ -169,14 +169,20 @@ func TestTCPArrivesWhole(t *testing.T) {
 			if n := guest.longest.Load(); n < 4*1450 {
 				t.Errorf("the guest's longest frame had %d bytes: segmentation was not left to the host, which was the point", n)
 			}
-			var busy int
-			for i := range guest.read {
-				if guest.read[i].Load() > 0 {
-					busy++
+			busy := func() (n int) {
+				for i := range guest.read {
+					if guest.read[i].Load() > 0 {
+						n++
+					}
 				}
+				return n
 			}
-			if shape.queues > 1 && busy < 2 {
-				t.Errorf("%d of %d queues carried something", busy, shape.queues)
+			// The kernel spreads connections by a hash of their ports: a few may meet in one queue, many do not.
+			for tries := 0; shape.queues > 1 && busy() < 2; tries++ {
+				if tries == 32 {
+					t.Fatalf("one of %d queues carried everything", shape.queues)
+				}
+				transfer(t, node.Namespace, guest.Namespace, ip4.Addr(), 1e3)
 			}
 		})
 	}

@@ -10,7 +10,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
+	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
@@ -37,6 +39,9 @@ func addPod(t testing.TB, node *testnet.Node, spec testnet.PodSpec) (pod *testne
 }
 
 func noJournal(Record) error { return nil }
+
+// patience is how long a test waits for what is to happen: a loaded machine is slow, and only a failing test waits it out.
+const patience = 30 * time.Second
 
 // attached is a pod after Attach.
 type attached struct {
@@ -110,15 +115,33 @@ func observe(t testing.TB, n *testnet.Namespace) nic.Snapshot {
 	return s
 }
 
-// quiet waits until duplicate address detection has ended on every link.
+// quiet waits until the addresses of the namespace have settled. The kernel gives a link its IPv6 link-local address when
+// the link watch has seen it up, a moment after it is, and then looks whether another host has that address. Whoever
+// compares two observations calls it before each of them.
 func quiet(t testing.TB, n *testnet.Namespace) {
 	t.Helper()
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
-		if out := n.MustRun("ip", "-6", "addr", "show", "tentative"); out == "" {
+	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if seen(t, n) && n.MustRun("ip", "-6", "addr", "show", "tentative") == "" {
 			return
 		}
 	}
 	t.Fatal("addresses stay tentative")
+}
+
+// seen says whether the link watch has caught up with every link that is up (netif_oper_up of the kernel).
+func seen(t testing.TB, n *testnet.Namespace) bool {
+	t.Helper()
+	links, err := netns.Dump(n.Link().LinkList)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		a := l.Attrs()
+		if a.RawFlags&unix.IFF_UP != 0 && a.OperState != netlink.OperUp && a.OperState != netlink.OperUnknown {
+			return false
+		}
+	}
+	return true
 }
 
 func TestMain(m *testing.M) {

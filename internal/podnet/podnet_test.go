@@ -201,6 +201,7 @@ func TestObserveNextHops(t *testing.T) {
 	t.Parallel()
 	node := testnet.NewNode(t, gw4, gw6)
 	pod, _ := addPod(t, node, dualStack())
+	quiet(t, pod)
 	pod.MustRun("ip", "route", "add", "192.0.2.0/25", "via", "inet6", "fe80::1", "dev", "eth0")
 	pod.MustRun("ip", "route", "add", "192.0.2.128/25",
 		"nexthop", "via", "198.51.100.1", "dev", "eth0", "weight", "3", "nexthop", "via", "198.51.100.9", "dev", "eth0")
@@ -269,6 +270,7 @@ func TestFailedAttachLeavesTheNamespaceAsItWas(t *testing.T) {
 			if c.spoil != nil {
 				c.spoil(t, pod, nics)
 			}
+			quiet(t, pod)
 			after := observe(t, pod)
 			journal := c.journal
 			if journal == nil {
@@ -307,7 +309,9 @@ func TestSecondAttachIsRefused(t *testing.T) {
 	t.Parallel()
 	node := testnet.NewNode(t, gw4)
 	pod, _ := addPod(t, node, dualStack())
+	quiet(t, pod)
 	a := attach(t, pod, Options{})
+	quiet(t, pod)
 	between := observe(t, pod)
 	nics := plainNICs(a.before)
 	if _, err := Attach(context.Background(), pod.NS, between, nics, Options{}, noJournal); err == nil || !strings.Contains(err.Error(), "gc") {
@@ -322,6 +326,7 @@ func TestJournalComesFirst(t *testing.T) {
 	t.Parallel()
 	node := testnet.NewNode(t, gw4)
 	pod, _ := addPod(t, node, dualStack())
+	quiet(t, pod)
 	before := observe(t, pod)
 	called := 0
 	ports, err := Attach(context.Background(), pod.NS, before, plainNICs(before), Options{}, func(r Record) error {

@@ -94,10 +94,11 @@ func (n *Namespace) MustRun(name string, args ...string) string {
 	return out
 }
 
-// Ping sends three echo requests and says whether one was answered.
+// Ping sends echo requests until one is answered, and says whether one was before the address turned out to be
+// unreachable or ten seconds had passed.
 func (n *Namespace) Ping(to netip.Addr, args ...string) bool {
 	n.t.Helper()
-	out, err := n.Run("ping", append(append([]string{"-c", "3", "-i", "0.2", "-W", "1"}, args...), to.String())...)
+	out, err := n.Run("ping", append(append([]string{"-c", "1", "-i", "0.2", "-w", "10"}, args...), to.String())...)
 	if err != nil {
 		n.t.Logf("%s: ping %s: %v\n%s", n.Name, to, err, out)
 	}
