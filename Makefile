@@ -11,7 +11,7 @@ GUEST = $$(go run ./test/guest/build)
 VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 .NOTPARALLEL: # the tests want the machine to themselves
-.PHONY: help setup build plugins guest demo test lint bench install clean
+.PHONY: help setup build plugins guest demo test lint bench install uninstall clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -47,6 +47,12 @@ install: ## install virtlet and the plugins below PREFIX (/usr/local)
 	install -D -m 0755 bin/virtlet "$(DESTDIR)$(PREFIX)/bin/virtlet"
 	install -d -m 0755 "$(DESTDIR)$(PREFIX)/libexec/virtlet/cni"
 	install -m 0755 bin/cni/* "$(DESTDIR)$(PREFIX)/libexec/virtlet/cni"
+	install -d -m 0755 "$(DESTDIR)$(PREFIX)/share/bash-completion/completions"
+	bin/virtlet completion bash >"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/virtlet"
+
+uninstall: ## remove what install has installed below PREFIX
+	rm -rf "$(DESTDIR)$(PREFIX)/bin/virtlet" "$(DESTDIR)$(PREFIX)/libexec/virtlet" \
+		"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/virtlet"
 
 clean: ## remove bin/; the caches stay
 	rm -rf bin

@@ -16,15 +16,21 @@ import (
 
 func (a *app) logsCmd() *cobra.Command {
 	var follow bool
+	lines := -1
 	cmd := &cobra.Command{
-		Use: "logs [-f] NAME", Short: "Show what a VM's console has said", Args: args(cobra.ExactArgs(1)),
+		Use: "logs [-f] [-n LINES] NAME", Short: "Show what a VM's console has said", Args: args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.vmNames,
-		Example:           "  virtlet logs web\n  virtlet logs -f web",
-		RunE: func(_ *cobra.Command, names []string) error {
-			return a.store.CopyLog(a.out, names[0], follow)
+		Example:           "  virtlet logs web\n  virtlet logs -n 20 -f web",
+		RunE: func(cmd *cobra.Command, names []string) error {
+			if cmd.Flags().Changed("tail") && lines < 0 {
+				return usage(cmd, fmt.Errorf("--tail %d: use 0 or more lines", lines))
+			}
+			return a.store.CopyLog(a.out, names[0], lines, follow)
 		},
 	}
 	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on until the VM ends")
+	cmd.Flags().IntVarP(&lines, "tail", "n", lines, "the last LINES only (default: all)")
+	cmd.Flags().Lookup("tail").DefValue = "0" // -1 would say nothing to a reader of the help
 	return cmd
 }
 

@@ -53,9 +53,10 @@ func (a *app) psCmd() *cobra.Command {
 
 func printTable(out io.Writer, all []vm.State) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "NAME\tSTATE\tIPS\tUPTIME\tNETWORK")
+	fmt.Fprintln(w, "NAME\tSTATE\tIPS\tUPTIME\tNETWORK\tPORTS")
 	for _, st := range all {
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", st.Config.Name, state(st), or(strings.Join(ips(st), ",")), or(uptime(st)), or(strings.Join(networks(st), ",")))
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", st.Config.Name, state(st), or(strings.Join(ips(st), ",")), or(uptime(st)),
+			or(strings.Join(networks(st), ",")), or(strings.Join(ports(st), ",")))
 	}
 	return w.Flush()
 }
@@ -106,6 +107,15 @@ func networks(st vm.State) []string {
 	return all
 }
 
+func ports(st vm.State) []string {
+	published, _ := st.Config.Published() // that is of a state of another make
+	var all []string
+	for _, p := range published {
+		all = append(all, p.String())
+	}
+	return all
+}
+
 func (a *app) inspectCmd() *cobra.Command {
 	return a.withJSON(&cobra.Command{
 		Use: "inspect NAME", Short: "Show all that is known of a VM", Args: args(cobra.ExactArgs(1)),
@@ -139,6 +149,9 @@ func printState(out io.Writer, st vm.State) error {
 	if c.Image != nil {
 		row("image", "%s", c.Image.Path)
 	}
+	for _, d := range c.Disks {
+		row("disk", "%s%s", d.Path, map[bool]string{true: ", read-only"}[d.ReadOnly])
+	}
 	if c.Kernel != "" {
 		row("kernel", "%s", c.Kernel)
 	}
@@ -147,6 +160,9 @@ func printState(out io.Writer, st vm.State) error {
 		row("qemu", "pid %d, %s", st.QEMU.PID, st.Accel)
 	}
 	row("namespace", "%s", st.NetNS)
+	for _, p := range ports(st) {
+		row("publish", "%s", p)
+	}
 	for _, r := range st.Results {
 		b, err := json.Marshal(r.Result)
 		if err != nil {

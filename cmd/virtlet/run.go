@@ -63,6 +63,17 @@ Ctrl-C presses the guest's power button; a second Ctrl-C kills it.
 		},
 	})
 	f.register(cmd.Flags())
+	complete := func(flag string, values func() []string) {
+		err := cmd.RegisterFlagCompletionFunc(flag, func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+			return values(), cobra.ShellCompDirectiveNoFileComp
+		})
+		if err != nil {
+			panic(err) // no such flag
+		}
+	}
+	complete("network", func() []string { return a.store.NetworkNames(f.nets.ConfDir) })
+	complete("accel", func() []string { return []string{"auto", "kvm", "tcg"} })
+	complete("image-format", func() []string { return []string{"qcow2", "raw"} })
 	return cmd
 }
 

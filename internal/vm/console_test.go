@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -49,7 +50,7 @@ func TestEveryReaderSeesAll(t *testing.T) {
 	var follower, log bytes.Buffer
 	followed, logged := make(chan error, 1), make(chan error, 1)
 	go func() { followed <- c.copyTo(&follower, true, stays) }()
-	go func() { logged <- s.CopyLog(&log, "web", true) }()
+	go func() { logged <- s.CopyLog(&log, "web", -1, true) }()
 	client, err := s.Attach("web")
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +86,7 @@ func TestEveryReaderSeesAll(t *testing.T) {
 		t.Errorf("logs -f got %d of %d bytes, %v", log.Len(), want.Len(), err)
 	}
 	var whole bytes.Buffer
-	if err := s.CopyLog(&whole, "web", false); err != nil || !bytes.Equal(whole.Bytes(), want.Bytes()) {
+	if err := s.CopyLog(&whole, "web", -1, false); err != nil || !bytes.Equal(whole.Bytes(), want.Bytes()) {
 		t.Errorf("logs got %d of %d bytes, %v", whole.Len(), want.Len(), err)
 	}
 }
@@ -201,7 +202,7 @@ func TestLogThatCannotTurn(t *testing.T) {
 		t.Fatal(err)
 	}
 	var log bytes.Buffer
-	if err := s.CopyLog(&log, "web", false); err != nil || !bytes.HasSuffix(log.Bytes(), []byte("the end")) {
+	if err := s.CopyLog(&log, "web", -1, false); err != nil || !bytes.HasSuffix(log.Bytes(), []byte("the end")) {
 		t.Errorf("the log ends otherwise (%d bytes), %v", log.Len(), err)
 	}
 }
@@ -267,6 +268,55 @@ func TestASleepingClientHoldsNothingUp(t *testing.T) {
 		}
 	case <-time.After(lastWords + 10*time.Second):
 		t.Fatal("Close waits for a client that sleeps")
+	}
+}
+
+func TestLastLines(t *testing.T) {
+	long := strings.Repeat("x", 100<<10)
+	for _, c := range []struct {
+		older, current string
+		n              int
+		want           string
+	}{
+		{"", "", 3, ""},
+		{"", "a\nb\nc\n", 0, ""},
+		{"", "a\nb\nc\n", 1, "c\n"},
+		{"", "a\nb\nc", 2, "b\nc"},
+		{"", "a\nb\nc\n", 3, "a\nb\nc\n"},
+		{"", "a\nb\nc\n", 9, "a\nb\nc\n"},
+		{"a\nb\n", "c\n", 2, "b\nc\n"},
+		{"a\nb", "c\nd\n", 2, "bc\nd\n"},
+		{"a\n", "", 1, "a\n"},
+		{"a\n" + long, long + "\nz\n", 2, long + long + "\nz\n"},
+		{"\n\n", "\n", 2, "\n\n"},
+	} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, "log")
+		for name, text := range map[string]string{path: c.current, path + ".1": c.older} {
+			if text == "" {
+				continue
+			}
+			if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		current, older, err := openLogs(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := lastLines(c.n, older, current); err != nil {
+			t.Error(err)
+		}
+		var got bytes.Buffer
+		for _, f := range []*os.File{older, current} {
+			if f != nil {
+				io.Copy(&got, f)
+				f.Close()
+			}
+		}
+		if got.String() != c.want {
+			t.Errorf("%d lines of %.20q, %.20q: got %d bytes %.20q, want %d", c.n, c.older, c.current, got.Len(), got.String(), len(c.want))
+		}
 	}
 }
 

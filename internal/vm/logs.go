@@ -6,28 +6,33 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// CopyLog writes what the VM's console has said to w, and with follow goes on until the VM ends.
-func (s Store) CopyLog(w io.Writer, name string, follow bool) error {
+// CopyLog writes what the VM's console has said to w, or the last lines of it (a negative number stands for all), and
+// with follow goes on until the VM ends.
+func (s Store) CopyLog(w io.Writer, name string, lines int, follow bool) error {
 	if _, err := s.Get(name); err != nil {
 		return err
 	}
 	path := s.data(name, consoleLog)
-	if err := copyFile(w, path+".1"); err != nil {
-		return err
+	r, older, err := openLogs(path)
+	defer func() { r.Close() }()
+	defer older.Close()
+	if err == nil && lines >= 0 {
+		err = lastLines(lines, older, r)
 	}
-	r, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) && !follow {
-		return nil // its guest has not run yet
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err != nil {
 		return fmt.Errorf("read log of VM %s: %w", name, err)
 	}
-	defer func() { r.Close() }()
+	if older != nil {
+		if _, err := io.Copy(w, older); err != nil {
+			return err
+		}
+	}
 	const pause = 100 * time.Millisecond
 	for ; ; time.Sleep(pause) {
 		alive := s.alive(name) // asked first: what is written before the end is read after it
@@ -56,17 +61,61 @@ func (s Store) CopyLog(w io.Writer, name string, follow bool) error {
 	}
 }
 
-func copyFile(w io.Writer, path string) error {
+// openLogs opens the two parts of a log; one that is not there is nil. The caller closes both.
+func openLogs(path string) (current, older *os.File, err error) {
+	if current, err = openIfThere(path); err != nil {
+		return nil, nil, err
+	}
+	if older, err = openIfThere(path + ".1"); err != nil {
+		return current, nil, err
+	}
+	if current != nil && older != nil && sameFileAt(current, older.Name()) { // it has turned over meanwhile
+		older.Close()
+		older = nil
+	}
+	return current, older, nil
+}
+
+func openIfThere(path string) (*os.File, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return nil, nil
 	}
-	if err != nil {
-		return err
+	return f, err
+}
+
+// lastLines sets the files, which follow each other, to where their last n lines begin. A nil file is empty.
+func lastLines(n int, files ...*os.File) error {
+	last := true // the newline that ends the last line separates it from nothing
+	block := make([]byte, 64<<10)
+	for _, f := range slices.Backward(files) {
+		if f == nil {
+			continue
+		}
+		at, err := f.Seek(0, io.SeekEnd)
+		if err != nil {
+			return err
+		}
+		for n > 0 && at > 0 {
+			b := block[:min(at, int64(len(block)))]
+			at -= int64(len(b))
+			if _, err := f.ReadAt(b, at); err != nil {
+				return err
+			}
+			for i := len(b) - 1; i >= 0 && n > 0; i-- {
+				if b[i] == '\n' && !last {
+					if n--; n == 0 {
+						at += int64(i) + 1
+					}
+				}
+				last = false
+			}
+		}
+		if _, err := f.Seek(at, io.SeekStart); err != nil {
+			return err
+		}
 	}
-	defer f.Close()
-	_, err = io.Copy(w, f)
-	return err
+	return nil
 }
 
 // RedirectLog sends the standard output and error of this process, a supervisor that nobody listens to any more, to the

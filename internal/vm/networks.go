@@ -151,6 +151,18 @@ func (s Store) networks(r NetworkRequest) ([]*cni.Network, error) {
 	return all, nil
 }
 
+// NetworkNames gives the networks that can be asked for by name; those that cannot be read are left out.
+func (s Store) NetworkNames(confDir string) []string {
+	nets, _, _ := cni.Load(confDir)
+	var all []string
+	for _, n := range append(nets, s.embedded()) {
+		if !slices.Contains(all, n.Name) {
+			all = append(all, n.Name)
+		}
+	}
+	return all
+}
+
 // embedded is the network of a machine without configurations. Its leases mean nothing after a reboot.
 func (s Store) embedded() *cni.Network { return cni.Default(s.ipam()) }
 

@@ -3,11 +3,12 @@ package vm
 import (
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/netip"
 )
 
-// ports gives what c publishes on the node.
-func (c *Config) ports() ([]PortMapping, error) {
+// Published gives what c publishes on the node.
+func (c *Config) Published() ([]PortMapping, error) {
 	var all []PortMapping
 	for _, a := range c.Networks {
 		asked, ok := a.CapabilityArgs["portMappings"]
@@ -31,7 +32,7 @@ func (c *Config) ports() ([]PortMapping, error) {
 // portsFree refuses to publish a port twice: the plugins take it, and then one of the two guests gets nothing. Others
 // on the node may publish it all the same; that is theirs to know.
 func (s Store) portsFree(c Config) error {
-	mine, err := c.ports()
+	mine, err := c.Published()
 	if err != nil || len(mine) == 0 {
 		return err
 	}
@@ -47,7 +48,7 @@ func (s Store) portsFree(c Config) error {
 		if st.Config.Name == c.Name || s.inOrder(st.Config.Name, st) {
 			continue // its ports are free; those of a dead one are still mapped
 		}
-		theirs, _ := st.Config.ports()
+		theirs, _ := st.Config.Published()
 		for _, p := range mine {
 			for _, q := range theirs {
 				if p.collides(q) {
@@ -57,6 +58,15 @@ func (s Store) portsFree(c Config) error {
 		}
 	}
 	return nil
+}
+
+// String gives the form "HOST:PORT->PORT/PROTOCOL".
+func (p PortMapping) String() string {
+	host := fmt.Sprint(p.HostPort)
+	if p.HostIP != "" {
+		host = net.JoinHostPort(p.HostIP, host)
+	}
+	return fmt.Sprintf("%s->%d/%s", host, p.ContainerPort, p.Protocol)
 }
 
 // collides says whether two mappings claim the same port of the same address.
