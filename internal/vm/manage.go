@@ -63,7 +63,7 @@ func (s Store) Stop(ctx context.Context, name string, grace time.Duration) (kill
 		if err := unix.PidfdSendSignal(supervisor, step.signal, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 			return killed, fmt.Errorf("stop VM %q: signal its supervisor: %w", name, err)
 		}
-		if gone, err := awaitEnd(ctx, supervisor, step.wait); err != nil {
+		if gone, err := awaitExit(ctx, supervisor, step.wait); err != nil {
 			return killed, err
 		} else if gone {
 			return killed, s.ended(name)
@@ -101,8 +101,8 @@ func open(p Process) (int, error) {
 	return fd, nil
 }
 
-// awaitEnd waits until the process of a pidfd has ended, d has passed or ctx has ended, and says whether it is gone.
-func awaitEnd(ctx context.Context, pidfd int, d time.Duration) (bool, error) {
+// awaitExit waits until the process of a pidfd has ended, d has passed or ctx has ended, and says whether it is gone.
+func awaitExit(ctx context.Context, pidfd int, d time.Duration) (bool, error) {
 	const look = 200 * time.Millisecond // for ctx
 	for end := time.Now().Add(d); ; {
 		left := time.Until(end)
