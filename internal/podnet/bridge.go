@@ -32,23 +32,34 @@ type attempt struct {
 	nics []nic.NIC
 	o    Options
 
+	bridges  []netlink.Link   // as many as ports
 	rtnl     *nl.SocketHandle // for set
-	taps     chan bool        // gets one value: whether all TAPs are there
+	nfnl     chan int         // gets one value: a socket for filter once all links are there, or noSocket
 	filtered chan error       // gets one value: how laying the filters ended
 }
+
+const noSocket = -1
 
 func newAttempt(ns *netns.NS, rec Record, nics []nic.NIC, o Options) *attempt {
 	return &attempt{
 		kernel: kernel{h: ns.Netlink(), nft: ns.Nftables()}, rec: rec, nics: nics, o: o,
-		taps: make(chan bool, 1), filtered: make(chan error, 1),
+		nfnl: make(chan int, 1), filtered: make(chan error, 1),
 	}
 }
 
-// filter lays the filters while attach makes links. It ends before attach does.
+// filter lays the filters while attach goes on with the links that it has made. (While it makes them would be no gain:
+// the kernel lets a new link wait for a batch.) It ends before attach does.
 func (a *attempt) filter() {
-	err := a.filterLinks(a.rec.Joins, a.nics)
-	if <-a.taps && err == nil {
-		err = a.filterTaps(a.rec.Joins, a.nics)
+	b := filters(a.rec.Joins, a.nics, a.o.Policies)
+	fd := <-a.nfnl
+	if fd == noSocket {
+		a.filtered <- nil
+		return
+	}
+	err := b.send(fd)
+	unix.Close(fd)
+	if err != nil {
+		err = fmt.Errorf("add filters: %w (needs CONFIG_NF_TABLES_NETDEV and CONFIG_NETFILTER_INGRESS)", err)
 	}
 	a.filtered <- err
 }
@@ -57,14 +68,17 @@ func (a *attempt) filter() {
 // pass. The ports own descriptors, also beside an error.
 func (a *attempt) attach(ctx context.Context) ([]*Port, error) {
 	ports, err := a.open()
-	a.taps <- err == nil
-	bridges := make([]netlink.Link, len(ports))
+	nfnl := noSocket
+	if err == nil {
+		nfnl, err = openNetfilter()
+	}
+	a.nfnl <- nfnl
 	for i, p := range ports {
 		if err == nil {
 			err = ctx.Err()
 		}
 		if err == nil {
-			bridges[i], err = a.join(p, a.rec.Snapshot.Link(p.Join.Link))
+			err = a.join(p, a.bridges[i], a.rec.Snapshot.Link(p.Join.Link))
 		}
 	}
 	if a.rtnl != nil {
@@ -74,14 +88,28 @@ func (a *attempt) attach(ctx context.Context) ([]*Port, error) {
 		return ports, err
 	}
 	for i, p := range ports {
-		if err := a.up(p, bridges[i], a.rec.Snapshot.Link(p.Join.Link)); err != nil {
+		if err := a.up(p, a.bridges[i], a.rec.Snapshot.Link(p.Join.Link)); err != nil {
 			return ports, fmt.Errorf("attach %s: %w", p.Join.Link, err)
 		}
 	}
 	return ports, nil
 }
 
-// open makes the namespace silent, and then the TAPs.
+// openNetfilter gives a socket that takes batches of any size.
+func openNetfilter() (int, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return noSocket, fmt.Errorf("open nfnetlink: %w (needs CONFIG_NF_TABLES)", err)
+	}
+	// A batch is one message, which has to fit. What is asked for is no more than a limit.
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 4<<20); err != nil {
+		unix.Close(fd)
+		return noSocket, fmt.Errorf("make room for filters: %w (needs CAP_NET_ADMIN)", err)
+	}
+	return fd, nil
+}
+
+// open makes the namespace silent, and then the TAPs and bridges.
 func (a *attempt) open() ([]*Port, error) {
 	if err := writeSysctls(nsSysctls); err != nil {
 		return nil, err
@@ -93,13 +121,19 @@ func (a *attempt) open() ([]*Port, error) {
 	a.rtnl = &nl.SocketHandle{Socket: rtnl}
 	ports := make([]*Port, 0, len(a.nics))
 	for i, n := range a.nics {
-		p, err := openPort(a.rec.Joins[i], n, a.o)
+		j := a.rec.Joins[i]
+		p, err := openPort(j, n, a.o)
 		if p != nil {
 			ports = append(ports, p)
 		}
 		if err != nil {
 			return ports, fmt.Errorf("attach %s: %w", n.Name, err)
 		}
+		index, err := ioctlLink(j.Bridge, unix.SIOCBRADDBR)
+		if err != nil {
+			return ports, fmt.Errorf("attach %s: add bridge %s: %w (needs CONFIG_BRIDGE and CAP_NET_ADMIN)", n.Name, j.Bridge, err)
+		}
+		a.bridges = append(a.bridges, device(index, j.Bridge))
 	}
 	return ports, nil
 }
@@ -120,32 +154,30 @@ func openPort(j Join, n nic.NIC, o Options) (*Port, error) {
 	return p, nil
 }
 
-// join makes the bridge of one NIC, silences the veth and puts veth and TAP on the bridge, which stays down.
-func (a *attempt) join(p *Port, link *nic.Link) (netlink.Link, error) {
+// join silences the veth of one NIC and puts veth and TAP on the bridge, which stays down.
+func (a *attempt) join(p *Port, bridge netlink.Link, link *nic.Link) error {
 	j, mtu := p.Join, p.NIC.MTU
 	veth, tap := device(link.Index, link.Name), device(p.tapIndex, j.Tap)
-	bridge, err := a.addBridge(j.Bridge, mtu)
-	if err == nil {
-		err = run(
-			// A queueing discipline that orders by time stamp (fq, a common default) drops redirected and bridged
-			// packets that carry one; a TAP has its own ring and needs none. Before it is up: then there is none to wait for.
-			step{"set queueing of " + j.Tap, func() error { return a.h.QdiscReplace(noqueue(tap)) }},
-			step{"set MTU of " + j.Tap + " and join it", func() error {
-				return a.set(p.tapIndex, unix.IFF_UP, attr(unix.IFLA_MTU, mtu), attr(unix.IFLA_MASTER, bridge.Attrs().Index))
-			}},
-			step{"silence " + j.Link, func() error { return a.silence(veth, link) }},
-			// The veth gives up the guest's MAC: a port's own address is a local entry in the bridge's table, and
-			// frames for it would end here.
-			step{"set MAC of " + j.Link + " and join it", func() error {
-				return a.set(link.Index, 0, nl.NewRtAttr(unix.IFLA_ADDRESS, j.Own[:]), attr(unix.IFLA_MASTER, bridge.Attrs().Index))
-			}},
-			step{"switch learning off on " + j.Link, func() error { return a.h.LinkSetLearning(veth, false) }},
-		)
-	}
+	err := run(
+		step{"set up bridge " + j.Bridge, func() error { return a.setBridge(bridge, mtu) }},
+		// A queueing discipline that orders by time stamp (fq, a common default) drops redirected and bridged
+		// packets that carry one; a TAP has its own ring and needs none. Before it is up: then there is none to wait for.
+		step{"set queueing of " + j.Tap, func() error { return a.h.QdiscReplace(noqueue(tap)) }},
+		step{"set MTU of " + j.Tap + " and join it", func() error {
+			return a.set(p.tapIndex, unix.IFF_UP, attr(unix.IFLA_MTU, mtu), attr(unix.IFLA_MASTER, bridge.Attrs().Index))
+		}},
+		step{"silence " + j.Link, func() error { return a.silence(veth, link) }},
+		// The veth gives up the guest's MAC: a port's own address is a local entry in the bridge's table, and
+		// frames for it would end here.
+		step{"set MAC of " + j.Link + " and join it", func() error {
+			return a.set(link.Index, 0, nl.NewRtAttr(unix.IFLA_ADDRESS, j.Own[:]), attr(unix.IFLA_MASTER, bridge.Attrs().Index))
+		}},
+		step{"switch learning off on " + j.Link, func() error { return a.h.LinkSetLearning(veth, false) }},
+	)
 	if err != nil {
-		return nil, fmt.Errorf("attach %s: %w", j.Link, err)
+		return fmt.Errorf("attach %s: %w", j.Link, err)
 	}
-	return bridge, nil
+	return nil
 }
 
 // up lets frames pass: the bridge is what was missing.
@@ -161,24 +193,16 @@ func (a *attempt) up(p *Port, bridge netlink.Link, link *nic.Link) error {
 	return nil
 }
 
-// addBridge makes a bridge that is no more than a wire: it does not snoop (it would drop neighbour discovery without a
+// setBridge makes a bridge no more than a wire: it does not snoop (it would drop neighbour discovery without a
 // querier), does not run STP (the kernel's default), and learns nothing (an ageing time of 0). With two ports there is
 // nothing to learn, and what could be learned is wrong: a hairpin port of the plugin's bridge sends the guest's own
 // broadcasts back, which would move the guest's MAC to the veth side; and a guest could fill the table.
-func (k *kernel) addBridge(name string, mtu int) (netlink.Link, error) {
-	index, err := ioctlLink(name, unix.SIOCBRADDBR)
-	if err != nil {
-		return nil, fmt.Errorf("add bridge %s: %w (needs CONFIG_BRIDGE and CAP_NET_ADMIN)", name, err)
-	}
+func (k *kernel) setBridge(bridge netlink.Link, mtu int) error {
 	snooping, ageing := false, uint32(0)
-	br := &netlink.Bridge{
-		LinkAttrs:         netlink.LinkAttrs{Index: index, Name: name, MTU: mtu, TxQLen: -1},
+	return k.h.LinkModify(&netlink.Bridge{
+		LinkAttrs:         netlink.LinkAttrs{Index: bridge.Attrs().Index, Name: bridge.Attrs().Name, MTU: mtu, TxQLen: -1},
 		MulticastSnooping: &snooping, AgeingTime: &ageing,
-	}
-	if err := k.h.LinkModify(br); err != nil {
-		return nil, fmt.Errorf("set up bridge %s: %w", name, err)
-	}
-	return br, nil
+	})
 }
 
 // silence takes the addresses of the veth away, and with them its routes, and keeps the namespace's stack from

@@ -35,11 +35,19 @@ func ether(from, to net.HardwareAddr, kind layers.EthernetType) *layers.Ethernet
 	return &layers.Ethernet{SrcMAC: from, DstMAC: to, EthernetType: kind}
 }
 
+// source is the IPv4 address that a MAC of the tests goes with: the guest's, or the gateway's.
+func source(from net.HardwareAddr) net.IP {
+	if bytes.Equal(from, mac[:]) {
+		return ip4.Addr().AsSlice()
+	}
+	return gw4.Addr().AsSlice()
+}
+
 // question is an ARP request for an address, as a frame from one MAC to another.
 func question(t testing.TB, from, to net.HardwareAddr, addr string) []byte {
 	return pack(t, ether(from, to, layers.EthernetTypeARP), &layers.ARP{
 		AddrType: layers.LinkTypeEthernet, Protocol: layers.EthernetTypeIPv4, HwAddressSize: 6, ProtAddressSize: 4,
-		Operation: layers.ARPRequest, SourceHwAddress: from, SourceProtAddress: gw4.Addr().AsSlice(),
+		Operation: layers.ARPRequest, SourceHwAddress: from, SourceProtAddress: source(from),
 		DstHwAddress: make([]byte, 6), DstProtAddress: netip.MustParseAddr(addr).AsSlice(),
 	})
 }
@@ -177,7 +185,7 @@ func TestHairpin(t *testing.T) {
 		t.Fatal("guest does not reach the gateway")
 	}
 	mark := []byte("a broadcast of the guest's own")
-	guest.Send("eth0", pack(t, ether(mac.HardwareAddr(), broadcast, 0x88b5), gopacket.Payload(mark))) // 0x88b5: IEEE 802, local experiments
+	guest.Send("eth0", datagram{src: 9, dst: 9}.frame(t, mac.HardwareAddr(), mark))
 	marked := has(mark)
 	reflected := func() int { return len(wire.Match(marked)) }
 	for end := time.Now().Add(patience); reflected() < 2 && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
@@ -249,7 +257,7 @@ func (d datagram) frame(t testing.TB, from net.HardwareAddr, body []byte) []byte
 	}
 	ip := &layers.IPv4{
 		Version: 4, TTL: 64, Protocol: layers.IPProtocolUDP, FragOffset: d.frag,
-		SrcIP: gw4.Addr().AsSlice(), DstIP: net.IPv4bcast.To4(),
+		SrcIP: source(from), DstIP: net.IPv4bcast.To4(),
 	}
 	if d.options {
 		ip.Options = []layers.IPv4Option{{OptionType: 1}, {OptionType: 1}, {OptionType: 1}, {OptionType: 0}} // no operation

@@ -31,6 +31,8 @@ import (
 type Options struct {
 	Queues int  // queue pairs of each TAP; 0 stands for 1. More than one sets IFF_MULTI_QUEUE on every descriptor.
 	Vhost  bool // open /dev/vhost-net once for every queue, where the machine has it
+
+	Policies map[string]Policy // of the filters, by the NIC's name; a NIC without one has the zero Policy
 }
 
 // Record is what Detach needs to put a namespace back. It is written before Attach changes anything.

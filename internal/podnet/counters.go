@@ -1,0 +1,112 @@
+package podnet
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+
+	"github.com/virtlet/virtlet/internal/netns"
+)
+
+// Rule is a rule in force.
+type Rule struct {
+	Hook   string `json:"hook"`             // where it looks: "ingress vlttap0"
+	Match  string `json:"match"`            // as nft writes it
+	Action string `json:"action"`           // drop, or accept: the rules that follow do not look
+	Reason Reason `json:"reason,omitempty"` // of a drop
+	Counter
+}
+
+// Counter is what was dropped.
+type Counter struct {
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"` // without the Ethernet header
+}
+
+// Rules reads the rules of every NIC, by the name of its link and in their order. It works from any process.
+func Rules(ns *netns.NS, joins []Join) (map[string][]Rule, error) {
+	all := map[string][]Rule{}
+	for _, j := range joins {
+		for _, device := range []string{j.Link, j.Tap} {
+			found, err := inForce(ns.Nftables(), hookChain(device))
+			if err != nil {
+				return nil, fmt.Errorf("read the rules of %s: %w", device, err)
+			}
+			for i := range found {
+				found[i].Hook = "ingress " + device
+			}
+			all[j.Link] = append(all[j.Link], found...)
+		}
+	}
+	return all, nil
+}
+
+// inForce reads the rules of a chain, and where it jumps those of the chain there. A chain that is not there has none.
+func inForce(conn *nftables.Conn, chain string) ([]Rule, error) {
+	found, err := conn.GetRules(table, &nftables.Chain{Name: chain})
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return nil, err
+	}
+	var out []Rule
+	for _, r := range found {
+		one, to := read(r)
+		if to == "" {
+			out = append(out, one)
+			continue
+		}
+		more, err := inForce(conn, to)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, more...)
+	}
+	return out, nil
+}
+
+// read gives a rule, or the chain that it jumps to.
+func read(r *nftables.Rule) (out Rule, to string) {
+	out.Match, _ = userdata.GetString(r.UserData, typeMatch)
+	if comment, ok := userdata.GetString(r.UserData, userdata.TypeComment); ok {
+		reason, _, _ := strings.Cut(comment, ":")
+		out.Reason = Reason(reason)
+	}
+	for _, e := range r.Exprs {
+		switch e := e.(type) {
+		case *expr.Counter:
+			out.Counter = Counter{e.Packets, e.Bytes}
+		case *expr.Verdict:
+			if e.Kind == expr.VerdictJump {
+				return Rule{}, e.Chain
+			}
+			if out.Action = "accept"; e.Kind == expr.VerdictDrop {
+				out.Action = "drop"
+			}
+		}
+	}
+	return out, ""
+}
+
+// Counters sums up Rules by reason. A reason that a NIC's rules have is there, if with zeros; one that is missing is not
+// dropped for.
+func Counters(ns *netns.NS, joins []Join) (map[string]map[Reason]Counter, error) {
+	rules, err := Rules(ns, joins)
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]map[Reason]Counter{}
+	for link, rs := range rules {
+		all[link] = map[Reason]Counter{}
+		for _, r := range rs {
+			if r.Reason != "" {
+				c := all[link][r.Reason]
+				all[link][r.Reason] = Counter{c.Packets + r.Packets, c.Bytes + r.Bytes}
+			}
+		}
+	}
+	return all, nil
+}
