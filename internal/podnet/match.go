@@ -95,11 +95,11 @@ var (
 	ip4From   = at("ip saddr", network, 12, 4)
 	ip6From   = at("ip6 saddr", network, 8, 16)
 	ip6Length = at("ip6 length", network, 4, 2)
+	fragNext  = part{"frag nexthdr", loadExthdr(unix.IPPROTO_FRAGMENT, 0, 1, 0)}
 	ip6Frag   = part{"frag frag-off", loadExthdr(unix.IPPROTO_FRAGMENT, 2, 2, 0)}
 	// Whether there is a fragment header, the first fragment's included (RFC 8200, section 4.5).
 	fragment = part{"exthdr frag", loadExthdr(unix.IPPROTO_FRAGMENT, 0, 1, unix.NFT_EXTHDR_F_PRESENT)}
 
-	transport = at("@th,0,8", layer4, 0, 1)
 	udpTo     = at("udp dport", layer4, 2, 2)
 	icmp6Type = at("icmpv6 type", layer4, 0, 1)
 	// Of neighbour solicitations and advertisements (RFC 4861, sections 4.3 and 4.4).
@@ -112,10 +112,9 @@ func (p part) compare(op uint32, sign string, v value) match {
 	return match{p.name + " " + sign + v.of(p), join(p.load, compare(op, v.data))}
 }
 
-func (p part) is(v value) match      { return p.compare(unix.NFT_CMP_EQ, "", v) }
-func (p part) isNot(v value) match   { return p.compare(unix.NFT_CMP_NEQ, "!= ", v) }
-func (p part) atLeast(v value) match { return p.compare(unix.NFT_CMP_GTE, ">= ", v) }
-func (p part) above(v value) match   { return p.compare(unix.NFT_CMP_GT, "> ", v) }
+func (p part) is(v value) match    { return p.compare(unix.NFT_CMP_EQ, "", v) }
+func (p part) isNot(v value) match { return p.compare(unix.NFT_CMP_NEQ, "!= ", v) }
+func (p part) above(v value) match { return p.compare(unix.NFT_CMP_GT, "> ", v) }
 
 func (p part) span(op uint32, sign string, from, to value) match {
 	return match{p.name + " " + sign + from.of(p) + "-" + to.of(p), join(p.load, compareRange(op, from.data, to.data))}

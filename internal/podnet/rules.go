@@ -161,7 +161,7 @@ func clusterRules(n nic.NIC, p Policy) []rule {
 	if !p.ExternalRA {
 		rules = append(rules, rule{ClusterRA, nil, all(underICMP.match, icmp6Type.is(advertiseRouter))})
 	}
-	return append(rules, unreadable(ClusterHidden)...)
+	return append(rules, cut(ClusterHidden)...)
 }
 
 // guestRules are those at the TAP, for frames from the guest. The first that matches counts.
@@ -188,7 +188,7 @@ func guestRules(n nic.NIC, p Policy) []rule {
 	}
 	rules = append(rules, arpRules(n, p, check)...)
 	rules = append(rules, icmpRules(n, p, check)...)
-	return append(rules, unreadable(GuestHidden)...)
+	return append(rules, cut(GuestHidden)...)
 }
 
 // sourceRules hold the guest to its MAC and its addresses. From 0.0.0.0 comes DHCP, which has its rules, and nothing
@@ -296,13 +296,14 @@ func wrapped(why Reason) []rule {
 	}
 }
 
-// unreadable are the last rules of a chain. An IPv6 packet without the beginning of a transport header may be anything:
-// its extension headers go on in the next fragment (RFC 7112), or are broken. IPv4 has nothing to hide it
-// behind.
-func unreadable(why Reason) []rule {
+// cut drops the first fragments of IPv6 packets whose extension headers go on behind the fragment header: what they lead
+// to may be in the next one, out of sight (RFC 7112). Nobody sends such packets in earnest. Without fragments the rules
+// see behind all headers, and IPv4 has nothing to hide a message behind.
+func cut(why Reason) []rule {
 	return []rule{
-		{"", nil, transport.atLeast(octet(0))}, // there is one
-		{why, nil, protocol.is(ipv6)},
+		{why, nil, fragNext.within(octet(unix.IPPROTO_ROUTING), octet(unix.IPPROTO_FRAGMENT))},
+		{why, nil, fragNext.is(octet(unix.IPPROTO_AH))},
+		{why, nil, fragNext.is(octet(unix.IPPROTO_DSTOPTS))},
 	}
 }
 
