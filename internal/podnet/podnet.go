@@ -80,7 +80,7 @@ func Attach(ctx context.Context, ns *netns.NS, snap nic.Snapshot, nics []nic.NIC
 	if o.Queues < 1 {
 		o.Queues = 1
 	}
-	rec, err := plan(snap, nics)
+	rec, err := plan(snap, nics, o)
 	if err != nil {
 		return nil, err
 	}
@@ -108,7 +108,7 @@ func Attach(ctx context.Context, ns *netns.NS, snap nic.Snapshot, nics []nic.NIC
 }
 
 // plan decides names. It changes nothing.
-func plan(snap nic.Snapshot, nics []nic.NIC) (Record, error) {
+func plan(snap nic.Snapshot, nics []nic.NIC, o Options) (Record, error) {
 	rec := Record{Snapshot: snap}
 	for i, n := range nics {
 		if n.VF != nil {
@@ -116,6 +116,9 @@ func plan(snap nic.Snapshot, nics []nic.NIC) (Record, error) {
 		}
 		if snap.Link(n.Name) == nil {
 			return Record{}, fmt.Errorf("attach %s: no such link in the namespace", n.Name)
+		}
+		if v4, v6 := addrs(n); checks(n, o.Policies[n.Name]) && max(len(v4), len(v6)) > maxAddrs {
+			return Record{}, fmt.Errorf("attach %s: more than %d addresses of a kind are too many for the spoof check: turn it off", n.Name, maxAddrs)
 		}
 		j := Join{Link: n.Name, Bridge: fmt.Sprintf("%s%d", bridgePrefix, i), Tap: fmt.Sprintf("%s%d", tapPrefix, i), Own: ownMAC(n.MAC)}
 		for _, name := range []string{j.Bridge, j.Tap} {

@@ -166,7 +166,7 @@ func clusterRules(n nic.NIC, p Policy) []rule {
 
 // guestRules are those at the TAP, for frames from the guest. The first that matches counts.
 func guestRules(n nic.NIC, p Policy) []rule {
-	check := len(n.Addrs) > 0 && !p.NoSpoofCheck
+	check := checks(n, p)
 	if !check && p.ExternalDHCP && p.ExternalRA {
 		return nil
 	}
@@ -190,6 +190,13 @@ func guestRules(n nic.NIC, p Policy) []rule {
 	rules = append(rules, icmpRules(n, p, check)...)
 	return append(rules, cut(GuestHidden)...)
 }
+
+// checks says whether the guest is held to its addresses.
+func checks(n nic.NIC, p Policy) bool { return len(n.Addrs) > 0 && !p.NoSpoofCheck }
+
+// maxAddrs is how many addresses of a family may be in a rule: the kernel ends a listing, without a word, at a rule that
+// is longer than a page (4 KiB). No plugin gives a NIC nearly as many.
+const maxAddrs = 32
 
 // sourceRules hold the guest to its MAC and its addresses. From 0.0.0.0 comes DHCP, which has its rules, and nothing
 // else. It may use :: before it has an address, to look whether another host has it and to say what groups it listens to;
@@ -281,7 +288,7 @@ func notTCP() rule { return rule{"", nil, l4proto.is(tcp)} }
 func notFirst() []rule {
 	return []rule{
 		{"", nil, all(protocol.is(ipv4), ip4Frag.with(0x1fff))},
-		{"", nil, all(protocol.is(ipv6), ip6Frag.with(0xfff8))},
+		{"", nil, all(protocol.is(ipv6), match{"frag frag-off != 0", ip6Frag.with(0xfff8).exprs})},
 	}
 }
 
