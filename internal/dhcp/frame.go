@@ -50,24 +50,39 @@ func (l *Lease) serverMAC() nic.MAC {
 	return m
 }
 
-// message gives the DHCP message in a frame, a part of it, and false where there is none. The UDP checksum is not
-// looked at: a guest's virtio NIC leaves it to the hardware, which a TAP does not have.
-func message(frame []byte) ([]byte, bool) {
+// message gives the DHCP message in a frame, a part of it, or the reason why there is none.
+func message(frame []byte) ([]byte, silence) {
 	if len(frame) < etherHdrLen+ipHeaderLen || binary.BigEndian.Uint16(frame[12:]) != etherTypeIPv4 {
-		return nil, false
+		return nil, badFrame
 	}
 	ip := frame[etherHdrLen:]
 	hdr, total := int(ip[0]&0x0f)*4, int(binary.BigEndian.Uint16(ip[2:]))
 	if ip[0]>>4 != 4 || hdr < ipHeaderLen || total < hdr+udpHdrLen || total > len(ip) ||
 		binary.BigEndian.Uint16(ip[6:])&ipMoreOrOffset != 0 || ip[9] != protoUDP {
-		return nil, false
+		return nil, badFrame
 	}
 	udp := ip[hdr:total] // what follows in the frame is padding
 	n := int(binary.BigEndian.Uint16(udp[4:]))
 	if binary.BigEndian.Uint16(udp[2:]) != serverPort || n < udpHdrLen || n > len(udp) {
-		return nil, false
+		return nil, badFrame
 	}
-	return udp[udpHdrLen:n], true
+	if sum(0, ip[:hdr]) != sumOfSound || !soundUDP(ip, udp[:n]) {
+		return nil, badChecksum
+	}
+	return udp[udpHdrLen:n], ""
+}
+
+// sumOfSound is the sum of bytes that contain the right checksum of themselves.
+const sumOfSound = 0xffff
+
+// soundUDP says whether a datagram's checksum is one that a sound datagram can have on a TAP: the right one, none (RFC
+// 768), or the sum of the pseudo header alone. A guest's virtio NIC leaves the rest to the hardware (VIRTIO 1.3, section
+// 5.1.6.2), and a TAP is none: the kernel hands the datagram on unfinished, and says so beside the frame only
+// (TP_STATUS_CSUMNOTREADY, linux/if_packet.h).
+func soundUDP(ip, udp []byte) bool {
+	c := binary.BigEndian.Uint16(udp[6:])
+	pseudo := sum(protoUDP+uint64(len(udp)), ip[12:20]) // both addresses, protocol, length
+	return c == 0 || c == pseudo || sum(uint64(pseudo), udp) == sumOfSound
 }
 
 // frameStart is a reply's frame up to its options, for the guest's MAC and without what differs between replies.
@@ -130,20 +145,24 @@ func finish(ip []byte, to netip.Addr) {
 	binary.BigEndian.PutUint16(ip[2:], uint16(len(ip)))
 	binary.BigEndian.PutUint16(ip[10:], ^sum(0, ip[:ipHeaderLen]))
 	binary.BigEndian.PutUint16(udp[4:], uint16(len(udp)))
-	c := ^sum(protoUDP+uint32(len(udp))+uint32(sum(0, ip[12:20])), udp) // pseudo header: both addresses, protocol, length
+	c := ^sum(protoUDP+uint64(len(udp))+uint64(sum(0, ip[12:20])), udp) // pseudo header: both addresses, protocol, length
 	if c == 0 {
 		c = 0xffff // 0 stands for none
 	}
 	binary.BigEndian.PutUint16(udp[6:], c)
 }
 
-// sum is the ones' complement sum of 16-bit words, continued from n (RFC 1071).
-func sum(n uint32, b []byte) uint16 {
-	for ; len(b) > 1; b = b[2:] {
-		n += uint32(binary.BigEndian.Uint16(b))
+// sum is the ones' complement sum of 16-bit words, continued from n (RFC 1071). It takes two words at once.
+func sum(n uint64, b []byte) uint16 {
+	for ; len(b) > 3; b = b[4:] {
+		n += uint64(binary.BigEndian.Uint32(b))
+	}
+	if len(b) > 1 {
+		n += uint64(binary.BigEndian.Uint16(b))
+		b = b[2:]
 	}
 	if len(b) == 1 {
-		n += uint32(b[0]) << 8
+		n += uint64(b[0]) << 8
 	}
 	for n > 0xffff {
 		n = n>>16 + n&0xffff

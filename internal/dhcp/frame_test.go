@@ -160,40 +160,51 @@ func TestMessage(t *testing.T) {
 	be := binary.BigEndian
 	options := serialize(t, &layers.Ethernet{SrcMAC: mac.HardwareAddr(), DstMAC: layers.EthernetBroadcast, EthernetType: layers.EthernetTypeIPv4},
 		&layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolUDP, SrcIP: guestIP, DstIP: gatewayIP, Options: []layers.IPv4Option{{OptionType: 148, OptionLength: 4, OptionData: []byte{0, 0}}}},
-		gopacket.Payload(whole[etherHdrLen+ipHeaderLen:]))
+		gopacket.Payload(datagram(t, guestIP, gatewayIP, payload)[etherHdrLen+ipHeaderLen:]))
+	udpSum := func(c uint16) []byte { return edit(func(b []byte) { be.PutUint16(b[40:], c) }) }
+	pseudo := func(n int) uint16 { return uint16(0xffff + 0xffff + protoUDP + n - 2*0xffff) } // of 0.0.0.0 and 255.255.255.255
+	odd := datagram(t, net.IPv4zero, net.IPv4bcast, append(slices.Clone(payload), optPad))
 	cases := []struct {
 		name  string
 		frame []byte
-		ok    bool
+		why   silence
 	}{
-		{"whole", whole, true},
-		{"padded", append(slices.Clone(whole), make([]byte, 40)...), true},
-		{"with IP options", options, true},
-		{"bad UDP checksum, as a virtio NIC leaves it", edit(func(b []byte) { be.PutUint16(b[40:], 0xbeef) }), true},
-		{"don't fragment", edit(func(b []byte) { be.PutUint16(b[20:], 0x4000) }), true},
-		{"first fragment", edit(func(b []byte) { be.PutUint16(b[20:], 0x2000) }), false},
-		{"later fragment", edit(func(b []byte) { be.PutUint16(b[20:], 0x0010) }), false},
-		{"IPv6", edit(func(b []byte) { be.PutUint16(b[12:], 0x86dd) }), false},
-		{"tagged", edit(func(b []byte) { be.PutUint16(b[12:], 0x8100) }), false},
-		{"IP version 6", edit(func(b []byte) { b[14] = 0x65 }), false},
-		{"IP header of four words", edit(func(b []byte) { b[14] = 0x44 }), false},
-		{"IP header longer than the datagram", edit(func(b []byte) { b[14] = 0x4f; be.PutUint16(b[16:], 64) }), false},
-		{"IP longer than the frame", edit(func(b []byte) { be.PutUint16(b[16:], uint16(len(whole))) }), false},
-		{"IP shorter than its headers", edit(func(b []byte) { be.PutUint16(b[16:], 27) }), false},
-		{"TCP", edit(func(b []byte) { b[23] = 6 }), false},
-		{"another port", edit(func(b []byte) { be.PutUint16(b[36:], 68) }), false},
-		{"UDP longer than the datagram", edit(func(b []byte) { be.PutUint16(b[38:], uint16(len(whole)-33)) }), false},
-		{"UDP shorter than its header", edit(func(b []byte) { be.PutUint16(b[38:], 7) }), false},
-		{"empty", nil, false},
+		{"whole", whole, ""},
+		{"padded", append(slices.Clone(whole), make([]byte, 40)...), ""},
+		{"with IP options", options, ""},
+		{"without UDP checksum", udpSum(0), ""},
+		{"UDP checksum left to the hardware", udpSum(pseudo(udpHdrLen + len(payload))), ""},
+		{"of another length", udpSum(pseudo(udpHdrLen+len(payload)) + 1), badChecksum},
+		{"bad UDP checksum", udpSum(be.Uint16(whole[40:]) + 1), badChecksum},
+		{"bad byte", edit(func(b []byte) { b[60] ^= 4 }), badChecksum},
+		{"bad IP checksum", edit(func(b []byte) { b[25]++ }), badChecksum},
+		{"don't fragment", edit(func(b []byte) { be.PutUint16(b[20:], 0x4000); be.PutUint16(b[24:], be.Uint16(b[24:])-0x4000) }), ""},
+		{"first fragment", edit(func(b []byte) { be.PutUint16(b[20:], 0x2000) }), badFrame},
+		{"later fragment", edit(func(b []byte) { be.PutUint16(b[20:], 0x0010) }), badFrame},
+		{"IPv6", edit(func(b []byte) { be.PutUint16(b[12:], 0x86dd) }), badFrame},
+		{"tagged", edit(func(b []byte) { be.PutUint16(b[12:], 0x8100) }), badFrame},
+		{"IP version 6", edit(func(b []byte) { b[14] = 0x65 }), badFrame},
+		{"IP header of four words", edit(func(b []byte) { b[14] = 0x44 }), badFrame},
+		{"IP header longer than the datagram", edit(func(b []byte) { b[14] = 0x4f; be.PutUint16(b[16:], 64) }), badFrame},
+		{"IP longer than the frame", edit(func(b []byte) { be.PutUint16(b[16:], uint16(len(whole))) }), badFrame},
+		{"IP shorter than its headers", edit(func(b []byte) { be.PutUint16(b[16:], 27) }), badFrame},
+		{"TCP", edit(func(b []byte) { b[23] = 6 }), badFrame},
+		{"another port", edit(func(b []byte) { be.PutUint16(b[36:], 68) }), badFrame},
+		{"UDP longer than the datagram", edit(func(b []byte) { be.PutUint16(b[38:], uint16(len(whole)-33)) }), badFrame},
+		{"UDP shorter than its header", edit(func(b []byte) { be.PutUint16(b[38:], 7) }), badFrame},
+		{"empty", nil, badFrame},
 	}
 	for _, c := range cases {
-		got, ok := message(c.frame)
-		if ok != c.ok || ok && !bytes.Equal(got, payload) {
-			t.Errorf("%s: %v, %d bytes", c.name, ok, len(got))
+		got, why := message(c.frame)
+		if why != c.why || why == "" && !bytes.Equal(got, payload) {
+			t.Errorf("%s: %q, want %q; %d bytes", c.name, why, c.why, len(got))
 		}
 	}
+	if got, why := message(odd); why != "" || len(got) != len(payload)+1 {
+		t.Errorf("odd length: %q, %d bytes", why, len(got))
+	}
 	for i := range whole {
-		if _, ok := message(whole[:i]); ok {
+		if _, why := message(whole[:i]); why == "" {
 			t.Fatalf("the first %d bytes of %d pass for a message", i, len(whole))
 		}
 	}
@@ -265,9 +276,9 @@ func FuzzReply(f *testing.F) {
 			if len(out)-etherHdrLen > s.Lease.MTU {
 				t.Fatalf("frame of %d bytes", len(out))
 			}
-			msg, ok := message(frame)
-			if !ok {
-				t.Fatal("answered what is no message")
+			msg, why := message(frame)
+			if why != "" {
+				t.Fatalf("answered though %s", why)
 			}
 			req, err := dhcpv4.FromBytes(append(slices.Clone(msg), optEnd)) // which the library insists on
 			if err != nil {

@@ -53,6 +53,7 @@ type Lease struct {
 	Routes   []nic.Route   `json:"routes,omitempty"` // IPv4 ones, on-link first, default last
 	MTU      int           `json:"mtu"`              // bytes, as `ip link` counts
 	DNS      nic.DNS       `json:"dns,omitzero"`     // IPv4 servers and well-formed names only
+	NTP      []netip.Addr  `json:"ntp,omitempty"`    // time servers; NewLease sets none, as no CNI result has them
 	Hostname string        `json:"hostname,omitempty"`
 	Duration time.Duration `json:"duration"` // nanoseconds; 136 years or more stand for ever
 }
@@ -183,16 +184,10 @@ func (l *Lease) resolve(d nic.DNS, note func(string, ...any)) {
 }
 
 // tooLong gives the codes of the options that a client of the least message size (RFC 2131, section 2) does not get.
-func (l *Lease) tooLong() []int {
-	r, set := newResponder(l), optionSet{}
-	r.choose(&set, &query{}, verdict{kind: dhcpv4.MessageTypeOffer, lease: true})
-	var codes []int
-	for _, c := range baseSet {
-		if len(r.option[c]) > 0 && !set[c] {
-			codes = append(codes, int(c))
-		}
-	}
-	return codes
+func (l *Lease) tooLong() []byte {
+	r := newResponder(l)
+	r.choose(new(optionSet), &query{}, verdict{kind: dhcpv4.MessageTypeOffer, lease: true})
+	return r.left
 }
 
 // check says what makes a lease unfit to be served.

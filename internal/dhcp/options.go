@@ -18,6 +18,7 @@ const (
 	optDomain      = 15
 	optMTU         = 26
 	optBroadcast   = 28
+	optNTP         = 42
 	optRequestedIP = 50
 	optLeaseTime   = 51
 	optOverload    = 52
@@ -47,7 +48,7 @@ var (
 	// byNeed orders what a client may ask for by what a guest can do without least. A reply too small for all leaves
 	// out the last ones.
 	byNeed = []byte{
-		optMask, optRouter, optRoutes, optRoutesMS, optDNS, optMTU, optDomain, optSearch, optHostname, optBroadcast,
+		optMask, optRouter, optRoutes, optRoutesMS, optDNS, optMTU, optDomain, optSearch, optHostname, optNTP, optBroadcast,
 	}
 
 	// first is what follows the message type, which some clients look for at the front, and the server identifier. The
@@ -90,6 +91,8 @@ func (l *Lease) value(code byte) []byte {
 		return binary.BigEndian.AppendUint16(nil, uint16(l.MTU))
 	case optBroadcast:
 		return l.broadcast()
+	case optNTP:
+		return appendAddrs(nil, l.NTP...)
 	case optRoutes, optRoutesMS:
 		return l.routes()
 	case optServerID:

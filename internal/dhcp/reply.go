@@ -23,6 +23,10 @@ const (
 	nothingToDo silence = "needs no answer"
 	unknownType silence = "message type unknown or missing"
 	tooBig      silence = "the reply does not fit into what the client accepts"
+	oversize    silence = "frame is longer than the MTU"
+	badFrame    silence = "frame is no datagram to the server's port, or not a whole one"
+	badChecksum silence = "checksum is wrong"
+	badMessage  silence = "cookie is missing, or an option is cut short"
 )
 
 // Reply gives the answer to req, or nil for silence (RFC 2131, section 4.3). It reads nothing but its arguments, and
@@ -49,10 +53,11 @@ type responder struct {
 	lease  Lease
 	start  []byte      // a frame up to its options, with all that is the same in every one
 	option [256][]byte // by code, as on the wire; empty where the lease has nothing to say
+	left   []byte      // codes that the last reply would have had, if they had fitted
 }
 
 func newResponder(l *Lease) *responder {
-	r := &responder{lease: *l}
+	r := &responder{lease: *l, left: make([]byte, 0, len(byNeed))}
 	if !r.able() {
 		return r
 	}
@@ -79,6 +84,7 @@ type verdict struct {
 
 // reply appends the frame that answers a message, and gives its kind, or the reason for silence.
 func (r *responder) reply(b []byte, q *query) ([]byte, dhcpv4.MessageType, silence) {
+	r.left = r.left[:0]
 	v, why := r.decide(q)
 	if why != "" {
 		return nil, 0, why
@@ -145,8 +151,8 @@ var nakMessage = appendOption(nil, optMessage, []byte("address is not of this ne
 // optionSet is options by code.
 type optionSet [256]bool
 
-// choose gives the lease's options that a reply is to have: what the client asks for, as far as it fits. False: not even
-// what every reply has fits.
+// choose gives the lease's options that a reply is to have: what the client asks for, as far as it fits; r.left has the
+// others. False: not even what every reply has fits.
 func (r *responder) choose(set *optionSet, q *query, v verdict) bool {
 	const kindLen = 3
 	size := headerLen + cookieLen + kindLen + len(r.option[optServerID]) + 1
@@ -174,9 +180,14 @@ func (r *responder) choose(set *optionSet, q *query, v verdict) bool {
 	// well needs it.
 	asked[optRouter] = asked[optRouter] || asked[optRoutes] || asked[optRoutesMS]
 	add := func(c byte) {
-		if n := len(r.option[c]); asked[c] && !set[c] && size+n <= limit {
+		n := len(r.option[c])
+		switch {
+		case n == 0 || !asked[c] || set[c]:
+		case size+n <= limit:
 			set[c] = true
 			size += n
+		case c != optRoutesMS || !set[optRoutes]:
+			r.left = append(r.left, c)
 		}
 	}
 	for _, c := range byNeed {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net"
 	"net/netip"
@@ -28,6 +29,7 @@ func full() Lease {
 			Domain:  "lab.example", Search: []string{"lab.example", "example"},
 		},
 	}, "vm-1")
+	l.NTP = []netip.Addr{netip.MustParseAddr("198.51.100.123"), netip.MustParseAddr("2001:db8::123")}
 	return l
 }
 
@@ -219,6 +221,7 @@ func TestReplyOptions(t *testing.T) {
 		{"nor of /31, nor a router, nor an MTU of 0", pair, "\x1c\x03\x79\x1a", " 1=fffffffe 51=00015180 54=a9fe0043 58=0000a8c0 59=00012750"},
 		{"the search list stands in for the domain", pair, "\x0f", " 1=fffffffe 15=612e6578616d706c65 51=00015180 54=a9fe0043 58=0000a8c0 59=00012750"},
 		{"search list", pair, "\x77", " 1=fffffffe 51=00015180 54=a9fe0043 58=0000a8c0 59=00012750 119=0161076578616d706c6500c002"},
+		{"time servers, IPv4 ones", full(), "\x2a", strings.Replace(leaseOptions, " 51", " 42=c633647b 51", 1)},
 		{"broadcast address", full(), "\x1c", strings.Replace(leaseOptions, " 51", " 28=c63364ff 51", 1)},
 		{"endless", forever, "\xfe", " 1=ffffffff 51=ffffffff 54=a9fe0101"},
 		{"times", short, "\xfe", " 1=ffffffff 51=00000010 54=a9fe0101 58=00000008 59=0000000e"},
@@ -254,6 +257,21 @@ func big(n int) Lease {
 	return l
 }
 
+// shortened gives how many replies the server says to have shortened, in its counters and its log.
+func shortened(t *testing.T, l Lease, req *dhcpv4.DHCPv4) uint64 {
+	t.Helper()
+	var log bytes.Buffer
+	s := Server{Lease: l, Log: slog.New(slog.NewTextHandler(&log, nil))}
+	if out, _ := s.handle(nil, broadcast(t, req)); out == nil {
+		t.Fatal("silence")
+	}
+	n := s.Stats().Shortened
+	if n != uint64(strings.Count(log.String(), "leaves out options")) {
+		t.Errorf("%d replies are counted as shortened, the log has %s", n, &log)
+	}
+	return n
+}
+
 // What does not fit is left out, the least needed first; the reply goes out.
 func TestReplySize(t *testing.T) {
 	all := "\x01\x1c\x0c\x77\x0f\x1a\x06\xf9\x79\x03"
@@ -263,16 +281,17 @@ func TestReplySize(t *testing.T) {
 		lease Lease
 		opts  []opt
 		want  []byte // what it has beside the lease's
+		short bool   // and this is said
 	}{
-		{"all fits", full(), nil, []byte{3, 6, 12, 15, 26, 28, 119, 121, 249}},
-		{"routes are not said twice", big(160), nil, []byte{3, 6, 12, 15, 26, 28, 119, 121}},
-		{"routes leave no room for names", big(232), nil, []byte{3, 6, 12, 15, 26, 121}},
-		{"routes do not fit", big(400), nil, []byte{3, 6, 12, 15, 26, 28, 119}},
-		{"client accepts more", big(400), []opt{maxSize(1450)}, []byte{3, 6, 12, 15, 26, 28, 119, 121, 249}},
-		{"client accepts more than a frame holds", big(2000), []opt{maxSize(65535)}, []byte{3, 6, 12, 15, 26, 28, 119}},
-		{"client accepts too little to be true", full(), []opt{maxSize(100)}, []byte{3, 6, 12, 15, 26, 28, 119, 121, 249}},
-		{"broken size", big(400), []opt{{optMaxSize, "\x05\x00\x00"}}, []byte{3, 6, 12, 15, 26, 28, 119}},
-		{"long client id", full(), []opt{{optClientID, strings.Repeat("x", 240)}}, nil},
+		{"all fits", full(), nil, []byte{3, 6, 12, 15, 26, 28, 119, 121, 249}, false},
+		{"routes are not said twice", big(160), nil, []byte{3, 6, 12, 15, 26, 28, 119, 121}, false},
+		{"routes leave no room for names", big(232), nil, []byte{3, 6, 12, 15, 26, 121}, true},
+		{"routes do not fit", big(400), nil, []byte{3, 6, 12, 15, 26, 28, 119}, true},
+		{"client accepts more", big(400), []opt{maxSize(1450)}, []byte{3, 6, 12, 15, 26, 28, 119, 121, 249}, false},
+		{"client accepts more than a frame holds", big(2000), []opt{maxSize(65535)}, []byte{3, 6, 12, 15, 26, 28, 119}, true},
+		{"client accepts too little to be true", full(), []opt{maxSize(100)}, []byte{3, 6, 12, 15, 26, 28, 119, 121, 249}, false},
+		{"broken size", big(400), []opt{{optMaxSize, "\x05\x00\x00"}}, []byte{3, 6, 12, 15, 26, 28, 119}, true},
+		{"long client id", full(), []opt{{optClientID, strings.Repeat("x", 240)}}, nil, true},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -294,6 +313,9 @@ func TestReplySize(t *testing.T) {
 				if !slices.Contains([]byte{1, 51, 53, 54, 58, 59, 61}, code) {
 					got = append(got, code)
 				}
+			}
+			if n := shortened(t, c.lease, req); (n > 0) != c.short {
+				t.Errorf("options left out: %d", n)
 			}
 			if c.want == nil { // as much as there is room for
 				if n := len(frame) - etherHdrLen; n < limit-20 || len(got) == 0 {

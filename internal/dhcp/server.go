@@ -42,9 +42,20 @@ type Stats struct {
 	Naks   uint64 `json:"naks"`
 	ARPs   uint64 `json:"arps"` // for the server identifier
 
-	Ignored   uint64 `json:"ignored"`   // messages without an answer, DECLINE and RELEASE apart: another MAC, another server ...
-	Malformed uint64 `json:"malformed"` // frames that hold no DHCP message
+	Shortened uint64 `json:"shortened"` // of OFFER and ACK: without options that the guest asked for and that did not fit
 	Unsent    uint64 `json:"unsent"`    // replies that the socket did not take
+
+	// Messages without an answer, DECLINE and RELEASE apart.
+	OtherMAC    uint64 `json:"otherMAC"`    // with another hardware address than the NIC's
+	OtherServer uint64 `json:"otherServer"` // with another's server identifier
+	Relayed     uint64 `json:"relayed"`     // with a relay's address (giaddr)
+	Ignored     uint64 `json:"ignored"`     // of any other kind
+
+	// Frames that hold no message. What the socket's filter drops - tagged frames, fragments, other protocols and
+	// ports - is not seen here, and counted nowhere.
+	Malformed   uint64 `json:"malformed"`   // lengths that contradict each other, no cookie, an option cut short
+	Oversize    uint64 `json:"oversize"`    // longer than the NIC's MTU
+	BadChecksum uint64 `json:"badChecksum"` // of IPv4 or UDP
 }
 
 // Stats gives the counters as they are. It may be called at any time.
@@ -54,7 +65,7 @@ func (s *Server) Stats() Stats {
 	return s.stats
 }
 
-// etherMTU is the least that the read buffer is made for. A frame that does not fit is cut, and so found malformed.
+// etherMTU is the least MTU that the read buffer is made for.
 const etherMTU = 1500
 
 // Run answers until ctx ends (then nil), or the socket breaks or the lease cannot be served (an error). It closes Conn
@@ -66,7 +77,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = s.Conn.SetDeadline(time.Unix(1, 0)) }) // long ago: wakes the read
 	defer stop()
-	in := make([]byte, etherHdrLen+max(s.Lease.MTU, etherMTU))
+	in := make([]byte, etherHdrLen+max(s.Lease.MTU, etherMTU)+1) // a frame that fills it was longer
 	var out []byte
 	for {
 		n, from, err := s.Conn.ReadFrom(in)
@@ -75,6 +86,10 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 		if err != nil {
 			return fmt.Errorf("serve DHCP to %s: read from its TAP: %w (was the TAP removed or set down?)", s.Lease.MAC, err)
+		}
+		if n == len(in) {
+			s.ignored(oversize, nil)
+			continue
 		}
 		frame, sent := s.handle(out[:0], in[:n])
 		if frame == nil {
@@ -102,16 +117,24 @@ func (s *Server) handle(b, frame []byte) ([]byte, *uint64) {
 		s.responder = newResponder(&s.Lease)
 	}
 	var q query
-	if msg, ok := message(frame); !ok || !q.parse(msg) {
-		if n := s.count(&s.stats.Malformed); s.due(n) {
-			s.report(slog.LevelDebug, n, "frame is no DHCP message", "bytes", len(frame), "udp", ok)
-		}
+	msg, why := message(frame)
+	if why == "" && !q.parse(msg) {
+		why = badMessage
+	}
+	if why != "" {
+		s.ignored(why, nil)
 		return nil, nil
 	}
 	out, kind, why := s.responder.reply(b, &q)
 	s.heard(&q, why)
 	if why != "" {
 		return nil, nil
+	}
+	if left := s.responder.left; len(left) > 0 {
+		if n := s.count(&s.stats.Shortened); s.due(n) {
+			s.report(slog.LevelWarn, n, "reply leaves out options that do not fit into what the guest accepts",
+				"options", fmt.Sprint(left), "bytes", s.responder.sizeLimit(&q)+ipUDPLen)
+		}
 	}
 	return out, s.said(&q, kind)
 }
@@ -155,10 +178,36 @@ func (s *Server) heard(q *query, why silence) {
 		}
 	}
 	if why != "" && why != nothingToDo {
-		if n := s.count(&s.stats.Ignored); s.due(n) {
-			s.report(slog.LevelDebug, n, "message is ignored", "why", string(why), "type", q.kind())
-		}
+		s.ignored(why, q)
 	}
+}
+
+// ignored counts a message that gets no answer, or a frame (q is nil) that holds none, by the reason.
+func (s *Server) ignored(why silence, q *query) {
+	c := &s.stats.Ignored
+	switch why {
+	case otherMAC:
+		c = &s.stats.OtherMAC
+	case otherServer:
+		c = &s.stats.OtherServer
+	case relayed:
+		c = &s.stats.Relayed
+	case badFrame, badMessage:
+		c = &s.stats.Malformed
+	case oversize:
+		c = &s.stats.Oversize
+	case badChecksum:
+		c = &s.stats.BadChecksum
+	}
+	n := s.count(c)
+	if !s.due(n) {
+		return
+	}
+	if q == nil {
+		s.report(slog.LevelDebug, n, "frame holds no DHCP message", "why", string(why))
+		return
+	}
+	s.report(slog.LevelDebug, n, "message is ignored", "why", string(why), "type", q.kind())
 }
 
 // count raises one of s.stats and gives its new value.
