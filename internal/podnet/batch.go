@@ -103,6 +103,9 @@ func (b *batch) send(fd int) error {
 type attrs []byte
 
 func (a attrs) raw(kind uint16, data []byte) attrs {
+	if cap(a) == 0 {
+		a = make(attrs, 0, 64+len(data)) // enough for most
+	}
 	a = binary.NativeEndian.AppendUint16(a, uint16(unix.SizeofNlAttr+len(data)))
 	a = binary.NativeEndian.AppendUint16(a, kind)
 	a = append(a, data...)
@@ -160,13 +163,17 @@ func mask(with []byte) attrs {
 		u32(unix.NFTA_BITWISE_LEN, uint32(len(with))).data(unix.NFTA_BITWISE_MASK, with).data(unix.NFTA_BITWISE_XOR, make([]byte, len(with))))
 }
 
-func count() attrs { return expression("counter", nil) }
-
 // Verdicts (linux/netfilter.h, linux/netfilter/nf_tables.h).
 const (
 	drop   = 0
 	accept = 1
 	jump   = unix.NFT_JUMP
+)
+
+// How rules end.
+var (
+	passes  = verdict(accept, "")
+	dropped = join(expression("counter", nil), verdict(drop, ""))
 )
 
 // verdict ends a rule; chain is where a jump leads.

@@ -18,8 +18,8 @@ import (
 	"github.com/virtlet/virtlet/internal/testnet"
 )
 
-// dropped gives the packets of those counters that are not zero.
-func dropped(t *testing.T, pod *testnet.Namespace, joins []Join) map[Reason]uint64 {
+// losses gives the packets of those counters that are not zero.
+func losses(t *testing.T, pod *testnet.Namespace, joins []Join) map[Reason]uint64 {
 	t.Helper()
 	all, err := Counters(pod.NS, joins)
 	if err != nil {
@@ -74,7 +74,7 @@ func TestNothingOfAnHonestGuestIsDropped(t *testing.T) {
 			}
 			transfer(t, guest.Namespace, node.Namespace, gw4.Addr(), 1e6)
 			transfer(t, guest.Namespace, node.Namespace, gw6.Addr(), 1e6)
-			got := dropped(t, pod, a.rec.Joins)
+			got := losses(t, pod, a.rec.Joins)
 			if got[GuestRS] == 0 {
 				t.Error("no router solicitation: was the guest's IPv6 off?")
 			}

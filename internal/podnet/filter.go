@@ -54,11 +54,11 @@ func (b *batch) addRules(chain string, rules []rule) {
 				b.addRule(chain, join(under.match.exprs, verdict(jump, in)), nil)
 			}
 		}
+		end := dropped
 		if r.reason == "" {
-			b.addRule(in, join(r.match.exprs, verdict(accept, "")), r.words())
-		} else {
-			b.addRule(in, join(r.match.exprs, count(), verdict(drop, "")), r.words())
+			end = passes
 		}
+		b.addRule(in, join(r.match.exprs, end), r.words())
 	}
 }
 

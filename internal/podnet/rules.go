@@ -101,6 +101,7 @@ var (
 	underARP  = &group{"arp", protocol.is(arp)}
 	underUDP  = &group{"udp", l4proto.is(udp)}
 	underICMP = &group{"icmpv6", l4proto.is(icmpv6)}
+	underFrag = &group{"frag", fragment.is(named("exists", 1))}
 )
 
 // Protocols and message types by nft's names.
@@ -121,8 +122,6 @@ var (
 	advertise       = named("nd-neighbor-advert", 136)
 	redirect        = named("nd-redirect", 137)
 )
-
-var exists = named("exists", 1)
 
 // UDP ports of DHCP (RFC 2131, section 4.1; RFC 8415, section 7.2). A client listens on its own and a server on its own;
 // where a datagram comes from is up to the sender and not looked at.
@@ -152,8 +151,8 @@ func clusterRules(n nic.NIC, p Policy) []rule {
 	if p.ExternalDHCP && p.ExternalRA {
 		return rules
 	}
+	rules = append(rules, fragments(ClusterHidden)...)
 	rules = append(rules, notTCP())
-	rules = append(rules, notFirst()...)
 	rules = append(rules, wrapped(ClusterHidden)...)
 	if !p.ExternalDHCP {
 		rules = append(rules, rule{ClusterDHCPv4, nil, toUDP(dhcpClient)}, rule{ClusterDHCPv6, nil, toUDP(dhcpv6Client)})
@@ -161,7 +160,7 @@ func clusterRules(n nic.NIC, p Policy) []rule {
 	if !p.ExternalRA {
 		rules = append(rules, rule{ClusterRA, nil, all(underICMP.match, icmp6Type.is(advertiseRouter))})
 	}
-	return append(rules, cut(ClusterHidden)...)
+	return rules
 }
 
 // guestRules are those at the TAP, for frames from the guest. The first that matches counts.
@@ -174,7 +173,7 @@ func guestRules(n nic.NIC, p Policy) []rule {
 	if check {
 		rules = sourceRules(n, p)
 	}
-	rules = append(rules, notFirst()...)
+	rules = append(rules, fragments(GuestHidden)...)
 	rules = append(rules, datagramRules(p, check)...)
 	if check {
 		rules = append(rules, rule{SpoofedIPv4, nil, all(protocol.is(ipv4), ip4From.is(noIPv4))})
@@ -187,8 +186,7 @@ func guestRules(n nic.NIC, p Policy) []rule {
 		rules = append(rules, wrapped(GuestHidden)...)
 	}
 	rules = append(rules, arpRules(n, p, check)...)
-	rules = append(rules, icmpRules(n, p, check)...)
-	return append(rules, cut(GuestHidden)...)
+	return append(rules, icmpRules(n, p, check)...)
 }
 
 // checks says whether the guest is held to its addresses.
@@ -268,7 +266,7 @@ func icmpRules(n nic.NIC, p Policy, check bool) []rule {
 		rule{RogueRA, underICMP, icmp6Type.is(advertiseRouter)},
 		rule{RogueRedirect, underICMP, icmp6Type.is(redirect)},
 		// Hosts ignore neighbour discovery in fragments, or ought to (RFC 6980): the target may be in the second.
-		rule{GuestHidden, underICMP, all(icmp6Type.within(octet(135), octet(136)), fragment.is(exists))},
+		rule{GuestHidden, underICMP, all(icmp6Type.within(octet(135), octet(136)), fragment.is(named("exists", 1)))},
 		rule{SpoofedND, underICMP, all(icmp6Type.is(advertise), ndTarget.isNone(v6...), ndTarget.outside(linkLocal[0], linkLocal[1]))})
 	for _, a := range others(n, p) {
 		rules = append(rules, rule{SpoofedND, underICMP, all(icmp6Type.is(advertise), ndTarget.is(addr(a)))})
@@ -283,12 +281,18 @@ func icmpRules(n nic.NIC, p Policy, check bool) []rule {
 // notTCP lets TCP pass: nothing of what follows is of it, and most frames are.
 func notTCP() rule { return rule{"", nil, l4proto.is(tcp)} }
 
-// notFirst lets the later fragments of a packet pass: they come to nothing without the first. They have data where the
-// others have a transport header, which would match at random.
-func notFirst() []rule {
+// fragments let the later fragments of a packet pass: they come to nothing without the first. They have data where the
+// others have a transport header, which would match at random. Of IPv6, they drop a first fragment whose extension
+// headers go on behind the fragment header: what they lead to may be in the next one, out of sight (RFC 7112), and
+// padding of the frame could look like it. Nobody sends such packets in earnest. Without fragments the rules see behind
+// all headers, and IPv4 has nothing to hide a message behind.
+func fragments(why Reason) []rule {
 	return []rule{
 		{"", nil, all(protocol.is(ipv4), ip4Frag.with(0x1fff))},
-		{"", nil, all(protocol.is(ipv6), match{"frag frag-off != 0", ip6Frag.with(0xfff8).exprs})},
+		{"", underFrag, match{"frag frag-off != 0", ip6Frag.with(0xfff8).exprs}},
+		{why, underFrag, fragNext.within(octet(unix.IPPROTO_ROUTING), octet(unix.IPPROTO_FRAGMENT))},
+		{why, underFrag, fragNext.is(octet(unix.IPPROTO_AH))},
+		{why, underFrag, fragNext.is(octet(unix.IPPROTO_DSTOPTS))},
 	}
 }
 
@@ -300,17 +304,6 @@ func wrapped(why Reason) []rule {
 		{why, nil, all(protocol.is(vlan), tag.without(vlanID))},
 		{why, nil, all(protocol.is(qinq), tag.without(vlanID))},
 		{why, nil, all(protocol.is(llc), snap.is(named("", 0xaa, 0xaa, 3, 0, 0, 0)))},
-	}
-}
-
-// cut drops the first fragments of IPv6 packets whose extension headers go on behind the fragment header: what they lead
-// to may be in the next one, out of sight (RFC 7112). Nobody sends such packets in earnest. Without fragments the rules
-// see behind all headers, and IPv4 has nothing to hide a message behind.
-func cut(why Reason) []rule {
-	return []rule{
-		{why, nil, fragNext.within(octet(unix.IPPROTO_ROUTING), octet(unix.IPPROTO_FRAGMENT))},
-		{why, nil, fragNext.is(octet(unix.IPPROTO_AH))},
-		{why, nil, fragNext.is(octet(unix.IPPROTO_DSTOPTS))},
 	}
 }
 

@@ -116,6 +116,7 @@ func guestSamples() map[string]sample {
 		"NS for our address behind options": {OwnAddress, g6(nd(guestLinkLocal, message(135, ownLinkLocal), hopByHop))},
 		"transport in the next fragment":    {GuestHidden, g6(packet6(guestLinkLocal, protoICMPv6, nil, fragmented(0, true), destOpts))},
 		"NA in a fragment":                  {GuestHidden, g6(nd(v6, message(136, ""), fragmented(0, true)))},
+		"the same, padding like TCP":        {GuestHidden, g6(append(packet6(guestLinkLocal, 60, nil, fragmented(0, true), destOpts), append([]byte{protoTCP, 0, 1, 4, 0, 0, 0, 0}, ports(1, 2)...)...))},
 		"a fragment in a fragment":          {GuestHidden, g6(packet6(guestLinkLocal, protoICMPv6, nil, fragmented(0, false), fragmented(0, true), destOpts))},
 		"routing header in a fragment":      {GuestHidden, g6(packet6(guestLinkLocal, protoUDP, nil, fragmented(0, true), extension{43, make([]byte, 8)}))},
 	}
@@ -228,6 +229,7 @@ func clusterSamples() map[string]sample {
 		"RA, first fragment":                {ClusterRA, c6(nd(router, message(134, ""), hopByHop, fragmented(0, true)))},
 		"RA, the only fragment":             {ClusterRA, c6(nd(router, message(134, ""), fragmented(0, false)))},
 		"RA in the next fragment":           {ClusterHidden, c6(packet6(router, protoICMPv6, nil, fragmented(0, true), destOpts))},
+		"the same, padding like TCP":        {ClusterHidden, c6(append(packet6(router, 60, nil, fragmented(0, true), destOpts), append([]byte{protoTCP, 0, 1, 4, 0, 0, 0, 0}, ports(1, 2)...)...))},
 		"RA in a fragment of a fragment":    {ClusterHidden, c6(packet6(router, protoICMPv6, nil, fragmented(0, false), fragmented(0, true), destOpts))},
 		"RA, two priorities":                {ClusterHidden, c6(advert, 0, 0)},
 		"RA, two kinds of priority":         {ClusterHidden, c6(advert, serviceTag, 0)},
