@@ -144,7 +144,7 @@ func (a *arena) compare(t testing.TB, rounds int) (attach, minimal time.Duration
 }
 
 // TestAttachCost holds Attach to 1.5 times what the bare links cost: silence and filters must stay cheap. Measured are
-// 1.27 to 1.35 on an idle machine of two CPUs.
+// 1.3 to 1.4 on a machine of two CPUs.
 func TestAttachCost(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector slows our code, not the kernel: the ratio says nothing")

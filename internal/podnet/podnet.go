@@ -5,9 +5,10 @@
 //	guest === TAP --- bridge --- veth ~~~ the CNI plugin's network
 //
 // The guest takes over the veth's MAC, addresses and routes, so the veth gives them up; the namespace's own stack keeps
-// no address and stays silent. Small nftables chains at the two ends keep apart what must never meet: the guest's DHCP
-// and the cluster's, and the guest's own frames reflected by a hairpin port. [Detach] puts every link back as Observe
-// saw it.
+// no address and stays silent. Rules of nftables at the two ends keep apart what must never meet - the guest's DHCP and
+// router advertisements and the cluster's, the guest and its own frames reflected by a hairpin port - and hold the guest
+// to its MAC and addresses; a [Policy] leaves some out, [Rules] and [Counters] read them back. [Detach] puts every link
+// back as Observe saw it.
 //
 // Attach hands a [Record] to its journal before the first change. The same Record undoes a failed Attach, a normal
 // end, and the leavings of a killed process, from any process, any number of times. TAPs are not persistent: they end
