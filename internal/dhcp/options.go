@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"time"
+
+	"github.com/virtlet/virtlet/internal/nic"
 )
 
 // Option codes: RFC 2132, but for 119 (RFC 3397), 121 (RFC 3442) and 249, under which Windows asked for 121 before
@@ -65,7 +67,18 @@ const (
 	ipUDPLen   = ipHeaderLen + udpHdrLen // what of that is not the message
 )
 
-// value gives an option's bytes, or nil where the lease has nothing to say.
+// encode gives an option as it is on the wire, or nil where the lease has nothing to say.
+func (l *Lease) encode(code byte) []byte {
+	if code == optRoutes || code == optRoutesMS {
+		return l.routes(code)
+	}
+	if v := l.value(code); len(v) > 0 {
+		return appendOption(nil, code, v)
+	}
+	return nil
+}
+
+// value gives the bytes of an option other than the routes, or nil.
 func (l *Lease) value(code byte) []byte {
 	switch code {
 	case optMask:
@@ -93,8 +106,6 @@ func (l *Lease) value(code byte) []byte {
 		return l.broadcast()
 	case optNTP:
 		return appendAddrs(nil, l.NTP...)
-	case optRoutes, optRoutesMS:
-		return l.routes()
 	case optServerID:
 		return appendAddrs(nil, l.Server)
 	case optLeaseTime:
@@ -117,23 +128,36 @@ func (l *Lease) broadcast() []byte {
 	return binary.BigEndian.AppendUint32(nil, binary.BigEndian.Uint32(a[:])|math.MaxUint32>>bits)
 }
 
-// routes encodes the routes (RFC 3442): prefix length, the bytes of the prefix that it covers, gateway. The gateway of
-// an on-link route is 0.0.0.0.
-func (l *Lease) routes() []byte {
-	var b []byte
+// routes encodes the routes (RFC 3442). A list too long for one option is split between two routes: systemd-networkd
+// reads every piece by itself, and loses the rest of one that ends within a route (systemd #36883).
+func (l *Lease) routes(code byte) (b []byte) {
+	var piece []byte
 	for _, r := range l.Routes {
-		if !r.Dst.IsValid() || !r.Dst.Addr().Is4() || r.Gw.IsValid() && !r.Gw.Is4() {
-			continue
+		route := encodeRoute(r)
+		if len(piece)+len(route) > maxOptionLen {
+			b = appendOption(b, code, piece)
+			piece = piece[:0]
 		}
-		dst, gw := r.Dst.Masked().Addr().As4(), netip.IPv4Unspecified()
-		if !r.OnLink() {
-			gw = r.Gw
-		}
-		b = append(b, byte(r.Dst.Bits()))
-		b = append(b, dst[:(r.Dst.Bits()+7)/8]...)
-		b = appendAddrs(b, gw)
+		piece = append(piece, route...)
+	}
+	if len(piece) > 0 {
+		b = appendOption(b, code, piece)
 	}
 	return b
+}
+
+// encodeRoute gives prefix length, the bytes of the prefix that it covers, gateway. The gateway of an on-link route is
+// 0.0.0.0.
+func encodeRoute(r nic.Route) []byte {
+	if !r.Dst.IsValid() || !r.Dst.Addr().Is4() || r.Gw.IsValid() && !r.Gw.Is4() {
+		return nil
+	}
+	dst, gw := r.Dst.Masked().Addr().As4(), netip.IPv4Unspecified()
+	if !r.OnLink() {
+		gw = r.Gw
+	}
+	b := append([]byte{byte(r.Dst.Bits())}, dst[:(r.Dst.Bits()+7)/8]...)
+	return appendAddrs(b, gw)
 }
 
 // infinity is a lease time without end (RFC 2131, section 3.3).

@@ -63,9 +63,7 @@ func newResponder(l *Lease) *responder {
 	}
 	r.start = l.frameStart()
 	for c := range r.option {
-		if v := l.value(byte(c)); len(v) > 0 {
-			r.option[c] = appendOption(nil, byte(c), v)
-		}
+		r.option[c] = l.encode(byte(c))
 	}
 	return r
 }
