@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the checks and then the tests, or what the arguments for `go test` say. The tests find what the Makefile built by
-# VIRTLET_BIN, VIRTLET_CNI_BIN and VIRTLET_GUEST.
+# Runs the checks, the tests and every fuzz target for FUZZTIME (60s), or what the arguments for `go test` say. The tests
+# find what the Makefile built by VIRTLET_BIN, VIRTLET_CNI_BIN and VIRTLET_GUEST.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,4 +16,5 @@ if [ "$(id -u)" != 0 ]; then
 fi
 # Ratios of times say something without the race detector only, and while nothing else runs.
 go test -count=1 -run Cost ./internal/podnet
-exec go test -race -count=1 -p 2 -timeout 30m ./...
+go test -race -count=1 -p 2 -timeout 30m ./...
+exec hack/fuzz.sh

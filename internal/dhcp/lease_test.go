@@ -328,43 +328,48 @@ func FuzzNewLease(f *testing.F) {
 	f.Add([]byte(plain+"\x02\x04\x0a\x60\x00\x0a\x01"+strings.Repeat("\x20", 16)+"\x02\x09a.example\x07example\x03lab"), "")
 	f.Add([]byte("\x02\x11\x22\x33\x44\x55\xff\xff\xff\xff\x02\x02\x7f\x00\x00\x01\x20\x04\x0a\x00\x00\x01\xff"), strings.Repeat("x.", 120))
 	f.Fuzz(func(t *testing.T, b []byte, hostname string) {
-		n := fuzzNIC(b)
-		l, notes, ok := NewLease(n, hostname)
-		for _, note := range notes {
-			if !strings.HasPrefix(note, "eth0: ") {
-				t.Errorf("note %q", note)
-			}
-		}
-		if !ok {
-			return
-		}
-		if err := l.check(); (err != nil) != n.MAC.IsZero() {
-			t.Errorf("check: %v", err)
-		}
-		if l.Server.IsUnspecified() || l.Server == l.Addr.Addr() {
-			t.Errorf("server identifier %s", l.Server)
-		}
-		checkRoutes(t, l)
-		if l.Hostname != "" && l.Hostname != hostname || slices.ContainsFunc(l.DNS.Servers, func(a netip.Addr) bool { return !a.Is4() }) ||
-			slices.ContainsFunc(append(l.DNS.Search, l.Hostname, l.DNS.Domain), func(s string) bool { return strings.ContainsAny(s, "\x00\n $'\"`\\/;&|") }) {
-			t.Errorf("names: %+v", l)
-		}
-		all := opt{optRequestList, "\x01\x03\x06\x0c\x0f\x1a\x1c\x77\x79\xf9"}
-		for _, opts := range [][]opt{nil, {all}, {all, {optMaxSize, "\xff\xff"}}} {
-			req := request(dhcpv4.MessageTypeDiscover, opts...)
-			req.ClientHWAddr = n.MAC.HardwareAddr()
-			frame, why := answer(t, l, req)
-			if why == tooBig && l.MTU < minBOOTP+ipUDPLen {
-				continue
-			}
-			if why != "" {
-				t.Fatalf("silence: %s", why)
-			}
-			if _, _, m := decode(t, frame); m.YourIPAddr.String() != l.Addr.Addr().String() || l.MTU > minMaxSize && len(frame)-etherHdrLen > l.MTU {
-				t.Errorf("%d bytes: %s", len(frame), m.Summary())
-			}
-		}
+		checkLease(t, fuzzNIC(b), hostname)
 	})
+}
+
+// checkLease holds what is true of every NIC's lease.
+func checkLease(t *testing.T, n nic.NIC, hostname string) {
+	t.Helper()
+	l, notes, ok := NewLease(n, hostname)
+	for _, note := range notes {
+		if !strings.HasPrefix(note, n.Name+": ") {
+			t.Errorf("note %q", note)
+		}
+	}
+	if !ok {
+		return
+	}
+	if err := l.check(); (err != nil) != n.MAC.IsZero() {
+		t.Errorf("check: %v", err)
+	}
+	if l.Server.IsUnspecified() || l.Server == l.Addr.Addr() {
+		t.Errorf("server identifier %s", l.Server)
+	}
+	checkRoutes(t, l)
+	if l.Hostname != "" && l.Hostname != hostname || slices.ContainsFunc(l.DNS.Servers, func(a netip.Addr) bool { return !a.Is4() }) ||
+		slices.ContainsFunc(append(l.DNS.Search, l.Hostname, l.DNS.Domain), func(s string) bool { return strings.ContainsAny(s, "\x00\n $'\"`\\/;&|") }) {
+		t.Errorf("names: %+v", l)
+	}
+	all := opt{optRequestList, "\x01\x03\x06\x0c\x0f\x1a\x1c\x77\x79\xf9"}
+	for _, opts := range [][]opt{nil, {all}, {all, {optMaxSize, "\xff\xff"}}} {
+		req := request(dhcpv4.MessageTypeDiscover, opts...)
+		req.ClientHWAddr = n.MAC.HardwareAddr()
+		frame, why := answer(t, l, req)
+		if why == tooBig && l.MTU < minBOOTP+ipUDPLen {
+			continue
+		}
+		if why != "" {
+			t.Fatalf("silence: %s", why)
+		}
+		if _, _, m := decode(t, frame); m.YourIPAddr.String() != l.Addr.Addr().String() || l.MTU > minMaxSize && len(frame)-etherHdrLen > l.MTU {
+			t.Errorf("%d bytes: %s", len(frame), m.Summary())
+		}
+	}
 }
 
 // checkRoutes checks that a client which adds the routes one by one always knows the way to the next gateway.

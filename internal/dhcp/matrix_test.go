@@ -102,8 +102,8 @@ type life struct {
 	tap, outside *testnet.Capture
 }
 
-// leaseTime makes T1 8 s and T2 14 s: enough for a busy machine.
-const leaseTime = 16 * time.Second
+// leaseTime makes T1 6 s and T2 10 s: enough for a busy machine.
+const leaseTime = 12 * time.Second
 
 func newLife(t testing.TB, c *client, n nic.NIC) *life {
 	l := attach(t, n)
