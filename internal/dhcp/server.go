@@ -79,8 +79,9 @@ func (s *Server) Run(ctx context.Context) error {
 	defer stop()
 	in := make([]byte, etherHdrLen+max(s.Lease.MTU, etherMTU)+1) // a frame that fills it was longer
 	var out []byte
+	l := newLink(s.Conn)
 	for {
-		n, from, err := s.Conn.ReadFrom(in)
+		n, err := l.read(in)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -96,7 +97,7 @@ func (s *Server) Run(ctx context.Context) error {
 			continue
 		}
 		out = frame
-		if _, err := s.Conn.WriteTo(frame, from); err != nil {
+		if err := l.reply(frame); err != nil {
 			// A full TAP loses a reply as a wire does; the client asks again. What lasts ends the next read.
 			if n := s.count(&s.stats.Unsent); s.due(n) {
 				s.report(slog.LevelWarn, n, "reply is lost", "err", err)
