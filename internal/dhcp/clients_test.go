@@ -127,7 +127,7 @@ ipv4only
 env hostname_fqdn=no
 `},
 		args:    []string{"dhcpcd", "-B", "eth0"},
-		release: []string{"dhcpcd", "-k", "eth0"},
+		signal:  "ALRM", // as dhcpcd -k sends
 		reboots: true, offlink: true,
 		told: resolved,
 	},
