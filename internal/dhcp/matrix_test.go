@@ -126,7 +126,7 @@ func newLife(t testing.TB, c *client, n nic.NIC) *life {
 	return f
 }
 
-// message is what the guest sent to a server, and to which address.
+// sentMessage is what the guest sent to a server, and to which address.
 type sentMessage struct {
 	*dhcpv4.DHCPv4
 	to netip.Addr
@@ -164,6 +164,7 @@ var (
 	everybody4 = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 )
 
+// live goes through the states of RFC 2131, figure 5.
 func (f *life) live() {
 	own, server := f.server.Lease.Addr.Addr(), f.server.Lease.Server
 	start := func() { f.client.start(f.machine) }
@@ -178,6 +179,10 @@ func (f *life) live() {
 	}
 
 	f.phase("restart with the old address", func() { f.client.restart(f) }, func(sent []sentMessage) bool {
+		sent = slices.DeleteFunc(sent, func(m sentMessage) bool { return !m.ClientIPAddr.IsUnspecified() }) // from before
+		if len(sent) == 0 {
+			return false
+		}
 		if f.client.reboots {
 			return sent[0].MessageType() == dhcpv4.MessageTypeRequest && requests(sent, everybody4, none4, own)
 		}
@@ -235,6 +240,9 @@ func (f *life) apart() {
 		return dhcpFrames(p) || testnet.From(ours.HardwareAddr())(p) ||
 			ok && (slices.Equal(arp.DstProtAddress, linkLocalServer.AsSlice()) || slices.Equal(arp.SourceProtAddress, linkLocalServer.AsSlice()))
 	})
+	if f.server.Lease.Server != linkLocalServer && len(f.outside.Match(testnet.From(mac.HardwareAddr()))) == 0 {
+		f.t.Error("the capture saw nothing of the guest, not even how it looked for its gateway")
+	}
 	if len(leaked) > 0 {
 		f.t.Errorf("on the node's side:\n%s", testnet.Dump(leaked))
 	}
