@@ -20,7 +20,7 @@ needed() {
 		nsenter                  util-linux       tests and demo
 		busybox                  busybox-static   tests: a DHCP client
 		dhclient                 isc-dhcp-client  tests: another DHCP client
-		dhcpcd                   dhcpcd-base      tests: a third
+		dhcpcd                   dhcpcd-base      tests: a third, which reads router advertisements too
 		/lib/systemd/systemd-networkd  systemd    tests: a fourth
 		dnsmasq                  dnsmasq-base     benchmarks: a DHCP server to compare with
 		xz                       xz-utils         the test guest: packed kernel modules

@@ -1,4 +1,5 @@
-// Package dhcp answers the one guest behind a NIC: it tells the guest, by DHCPv4, what the CNI plugin gave to the pod.
+// Package dhcp answers the one guest behind a NIC: it tells the guest, by DHCPv4, DHCPv6 and router advertisements, what
+// the CNI plugin gave to the pod.
 //
 // [NewLease] turns a NIC into a [Lease], which is plain data, and [Lease.Reply] is the whole protocol as a function of
 // the lease and one message: nothing is allocated, nothing expires, there is no state to lose. [Server] moves frames
@@ -8,8 +9,23 @@
 //	s := &dhcp.Server{Lease: lease, Conn: conn}
 //	go s.Run(ctx)                             // owns conn, closes it, ends with ctx
 //
+// [NewLease6], [Lease6.Reply] and [Server6] are the same for IPv6, with a socket of their own:
+//
+//	conn, err := port.Listen(lease6.Filter())
+//	up, err := port.Uplink()
+//	s := &dhcp.Server6{Lease: lease6, Conn: conn, Uplink: up}
+//	go s.Run(ctx)                             // owns both, closes them, takes its routers back when ctx ends
+//
 // Such a socket hears the guest alone and reaches the guest alone. A server on an IP address of the pod's namespace
 // could be asked, and answer, from the cluster's side; this one has no address there.
+//
+// # Routers
+//
+// A router advertisement names its router by its source, a link-local address, and most gateways of CNI networks have a
+// global one. An address of ours stands for such a gateway: what the guest asks about it goes to the gateway, as if the
+// guest had asked about that, and what the gateway says of itself the guest hears of our address too. So the guest has
+// the MAC that the gateway has now, and nothing of this is kept here. [Lease6.Own] gives these addresses, which must not
+// be seen on the cluster's side.
 //
 // # Server identifier
 //
@@ -79,12 +95,8 @@ func NewLease(n nic.NIC, hostname string) (l Lease, notes []string, ok bool) {
 		return Lease{}, notes, false
 	}
 	l.route(n.Routes, note)
-	l.resolve(n.DNS, note)
-	if hostname != "" && !validName(hostname, false) {
-		note("host name %q is no valid name (RFC 1123), it is left out of DHCP", hostname)
-		hostname = ""
-	}
-	l.Hostname = hostname
+	l.DNS = resolver(n.DNS, netip.Addr.Is4, note)
+	l.Hostname = hostName(hostname, note)
 	if codes := l.tooLong(); len(codes) > 0 {
 		note("DHCP options %v do not fit into a message of 576 bytes; a guest that does not accept more is not told them", codes)
 	}
@@ -156,11 +168,12 @@ func rank(r nic.Route) int {
 	return 1
 }
 
-// resolve sets the resolver configuration.
-func (l *Lease) resolve(d nic.DNS, note func(string, ...any)) {
+// resolver gives the part of a resolver configuration that a responder can tell: servers of its family, names that are
+// names.
+func resolver(d nic.DNS, family func(netip.Addr) bool, note func(string, ...any)) (out nic.DNS) {
 	for _, s := range d.Servers {
-		if s.Is4() {
-			l.DNS.Servers = append(l.DNS.Servers, s)
+		if family(s) {
+			out.Servers = append(out.Servers, s)
 		}
 	}
 	name := func(s string) (string, bool) {
@@ -171,16 +184,26 @@ func (l *Lease) resolve(d nic.DNS, note func(string, ...any)) {
 		return "", false
 	}
 	if d.Domain != "" {
-		l.DNS.Domain, _ = name(d.Domain)
+		out.Domain, _ = name(d.Domain)
 	}
 	for _, s := range d.Search {
 		if s, ok := name(s); ok {
-			l.DNS.Search = append(l.DNS.Search, s)
+			out.Search = append(out.Search, s)
 		}
 	}
 	if len(d.Options) > 0 {
 		note("DHCP carries no resolver options, %q are left out; cloud-init can carry them", d.Options)
 	}
+	return out
+}
+
+// hostName gives the name where it is one, else nothing.
+func hostName(s string, note func(string, ...any)) string {
+	if s != "" && !validName(s, false) {
+		note("host name %q is no valid name (RFC 1123), it is left out of DHCP", s)
+		return ""
+	}
+	return s
 }
 
 // tooLong gives the codes of the options that a client of the least message size (RFC 2131, section 2) does not get.

@@ -64,3 +64,12 @@ func appendNames(b []byte, names []string) []byte {
 	}
 	return b
 }
+
+// appendName encodes one name without compression, as DHCPv6 (RFC 8415, section 10) and router advertisements (RFC 8106,
+// section 5.2) want it. The name is a valid one.
+func appendName(b []byte, name string) []byte {
+	for label := range strings.SplitSeq(name, ".") {
+		b = append(append(b, byte(len(label))), label...)
+	}
+	return append(b, 0)
+}

@@ -164,8 +164,11 @@ func encodeRoute(r nic.Route) []byte {
 const infinity = math.MaxUint32
 
 // seconds is a fraction of the lease time.
-func (l *Lease) seconds(num, den int64) uint32 {
-	s := int64(l.Duration / time.Second)
+func (l *Lease) seconds(num, den int64) uint32 { return seconds(l.Duration, num, den) }
+
+// seconds is a fraction of d as DHCP has it, a second at least. There is no fraction of an endless time.
+func seconds(d time.Duration, num, den int64) uint32 {
+	s := int64(d / time.Second)
 	if s >= infinity {
 		return infinity
 	}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"sync"
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
@@ -23,8 +22,7 @@ type Server struct {
 
 	responder *responder // of Lease, made for the first message
 
-	mu    sync.Mutex
-	stats Stats
+	tally[Stats]
 }
 
 // Stats counts what a Server has heard and said.
@@ -56,13 +54,6 @@ type Stats struct {
 	Malformed   uint64 `json:"malformed"`   // lengths that contradict each other, no cookie, an option cut short
 	Oversize    uint64 `json:"oversize"`    // longer than the NIC's MTU
 	BadChecksum uint64 `json:"badChecksum"` // of IPv4 or UDP
-}
-
-// Stats gives the counters as they are. It may be called at any time.
-func (s *Server) Stats() Stats {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.stats
 }
 
 // etherMTU is the least MTU that the read buffer is made for.
@@ -99,8 +90,8 @@ func (s *Server) Run(ctx context.Context) error {
 		out = frame
 		if err := l.reply(frame); err != nil {
 			// A full TAP loses a reply as a wire does; the client asks again. What lasts ends the next read.
-			if n := s.count(&s.stats.Unsent); s.due(n) {
-				s.report(slog.LevelWarn, n, "reply is lost", "err", err)
+			if n := s.count(&s.stats.Unsent); due(s.Log, n) {
+				report(s.Log, slog.LevelWarn, n, "reply is lost", "err", err)
 			}
 			continue
 		}
@@ -132,8 +123,8 @@ func (s *Server) handle(b, frame []byte) ([]byte, *uint64) {
 		return nil, nil
 	}
 	if left := s.responder.left; len(left) > 0 {
-		if n := s.count(&s.stats.Shortened); s.due(n) {
-			s.report(slog.LevelWarn, n, "reply leaves out options that do not fit into what the guest accepts",
+		if n := s.count(&s.stats.Shortened); due(s.Log, n) {
+			report(s.Log, slog.LevelWarn, n, "reply leaves out options that do not fit into what the guest accepts",
 				"options", fmt.Sprint(left), "bytes", s.responder.sizeLimit(&q)+ipUDPLen)
 		}
 	}
@@ -146,14 +137,14 @@ func (s *Server) said(q *query, kind dhcpv4.MessageType) *uint64 {
 	case dhcpv4.MessageTypeOffer:
 		return &s.stats.Offers
 	case dhcpv4.MessageTypeNak:
-		if n := s.Stats().Naks + 1; s.due(n) {
-			s.report(slog.LevelWarn, n, "guest asked for an address that is not its own",
+		if n := s.Stats().Naks + 1; due(s.Log, n) {
+			report(s.Log, slog.LevelWarn, n, "guest asked for an address that is not its own",
 				"ciaddr", q.addr(offCiaddr), "requested", option4(q.requested), "addr", s.Lease.Addr)
 		}
 		return &s.stats.Naks
 	}
-	if n := s.Stats().Acks + 1; s.due(n) {
-		s.report(slog.LevelInfo, n, "guest is configured", "addr", s.Lease.Addr, "inform", q.kind() == dhcpv4.MessageTypeInform)
+	if n := s.Stats().Acks + 1; due(s.Log, n) {
+		report(s.Log, slog.LevelInfo, n, "guest is configured", "addr", s.Lease.Addr, "inform", q.kind() == dhcpv4.MessageTypeInform)
 	}
 	return &s.stats.Acks
 }
@@ -171,8 +162,8 @@ func (s *Server) heard(q *query, why silence) {
 		case dhcpv4.MessageTypeInform:
 			s.count(&s.stats.Informs)
 		case dhcpv4.MessageTypeDecline:
-			if n := s.count(&s.stats.Declines); s.due(n) {
-				s.report(slog.LevelWarn, n, "guest declined its address: it found another host that answers for it", "addr", s.Lease.Addr)
+			if n := s.count(&s.stats.Declines); due(s.Log, n) {
+				report(s.Log, slog.LevelWarn, n, "guest declined its address: it found another host that answers for it", "addr", s.Lease.Addr)
 			}
 		case dhcpv4.MessageTypeRelease:
 			s.count(&s.stats.Releases)
@@ -201,28 +192,12 @@ func (s *Server) ignored(why silence, q *query) {
 		c = &s.stats.BadChecksum
 	}
 	n := s.count(c)
-	if !s.due(n) {
+	if !due(s.Log, n) {
 		return
 	}
 	if q == nil {
-		s.report(slog.LevelDebug, n, "frame holds no DHCP message", "why", string(why))
+		report(s.Log, slog.LevelDebug, n, "frame holds no DHCP message", "why", string(why))
 		return
 	}
-	s.report(slog.LevelDebug, n, "message is ignored", "why", string(why), "type", q.kind())
-}
-
-// count raises one of s.stats and gives its new value.
-func (s *Server) count(c *uint64) uint64 {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	*c++
-	return *c
-}
-
-// due says whether the n-th event of a kind is logged: the first, the second, the fourth and so on are, as a guest may
-// cause any number of them. It is asked before a line is made, which costs memory.
-func (s *Server) due(n uint64) bool { return s.Log != nil && n&(n-1) == 0 }
-
-func (s *Server) report(level slog.Level, n uint64, msg string, args ...any) {
-	s.Log.Log(context.Background(), level, msg, append(args, "times", n)...)
+	report(s.Log, slog.LevelDebug, n, "message is ignored", "why", string(why), "type", q.kind())
 }
