@@ -2,8 +2,11 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -86,6 +89,11 @@ func ips(st vm.State) []string {
 	for _, l := range st.Leases { // what the guest is given, not all that the plugins planned
 		all = append(all, l.Addr.Addr().String())
 	}
+	for _, l := range st.Leases6 {
+		for _, a := range l.Addrs {
+			all = append(all, a.String())
+		}
+	}
 	return all
 }
 
@@ -117,25 +125,40 @@ func ports(st vm.State) []string {
 }
 
 func (a *app) inspectCmd() *cobra.Command {
-	return a.withJSON(&cobra.Command{
-		Use: "inspect NAME", Short: "Show all that is known of a VM", Args: args(cobra.ExactArgs(1)),
+	var rules bool
+	cmd := a.withJSON(&cobra.Command{
+		Use: "inspect [--rules] NAME", Short: "Show all that is known of a VM", Args: args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.vmNames,
-		Long:              "Shows a VM's configuration, what its networks answered, its NICs with TAP and bridge, its leases and QEMU's command line.",
-		Example:           "  virtlet inspect web\n  virtlet inspect --json web | jq .nics",
+		Long:              "Shows a VM's configuration, what its networks answered, its NICs with TAP and bridge, its leases, what was dropped and why, and QEMU's command line.",
+		Example:           "  virtlet inspect web\n  virtlet inspect --rules web\n  virtlet inspect --json web | jq '.counters[].dropped'",
 		RunE: func(_ *cobra.Command, names []string) error {
 			st, err := a.store.Get(names[0])
 			if err != nil {
 				return err
 			}
-			if a.json {
-				return a.printJSON(st)
+			var counters []vm.Counters
+			if st.Status == vm.Running {
+				counters, err = a.store.Counters(names[0])
 			}
-			return printState(a.out, st)
+			if a.json {
+				err = errors.Join(err, a.printJSON(struct {
+					vm.State
+					Counters []vm.Counters `json:"counters,omitempty"`
+				}{st, counters}))
+			} else {
+				err = errors.Join(err, printState(a.out, st, counters, rules))
+			}
+			if errors.Is(err, vm.ErrStopped) || errors.Is(err, vm.ErrNotFound) {
+				return nil // it has ended meanwhile
+			}
+			return err
 		},
 	})
+	cmd.Flags().BoolVar(&rules, "rules", false, "show the filters too: what they look for, and how often they found it")
+	return cmd
 }
 
-func printState(out io.Writer, st vm.State) error {
+func printState(out io.Writer, st vm.State, counters []vm.Counters, rules bool) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	row := func(key, format string, a ...any) { fmt.Fprintf(w, "%s\t%s\n", key, fmt.Sprintf(format, a...)) }
 	c := st.Config
@@ -197,6 +220,15 @@ func printState(out io.Writer, st vm.State) error {
 	for _, l := range st.Leases {
 		row("lease", "%s to %s for %s, server %s", l.Addr, l.MAC, l.Duration, l.Server)
 	}
+	for _, l := range st.Leases6 {
+		row("lease", "%s to %s for %s", join(l.Addrs), l.MAC, l.Duration)
+		for _, r := range l.Routers {
+			row("router", "%s for the guest: %s", r.Source, r.Gateway)
+		}
+	}
+	for _, c := range counters {
+		printCounters(row, c, rules)
+	}
 	for _, n := range st.Notes {
 		row("note", "%s", n)
 	}
@@ -211,6 +243,33 @@ func printState(out io.Writer, st vm.State) error {
 	}
 	_, err := fmt.Fprintln(out, st.Command)
 	return err
+}
+
+// printCounters shows what was dropped; with rules also what would be.
+func printCounters(row func(string, string, ...any), c vm.Counters, rules bool) {
+	for _, why := range slices.Sorted(maps.Keys(c.Dropped)) {
+		if d := c.Dropped[why]; d.Packets > 0 {
+			row("dropped", "%s: %s, %d bytes (%s)", c.NIC, count(int(d.Packets), "frame"), d.Bytes, why)
+		}
+	}
+	if !rules {
+		return
+	}
+	for _, r := range c.Rules {
+		if r.Action == "drop" {
+			row("rule", "%s: %s: drop, %s (%s)", r.Hook, r.Match, count(int(r.Packets), "frame"), r.Reason)
+		} else {
+			row("rule", "%s: %s: %s", r.Hook, r.Match, r.Action)
+		}
+	}
+}
+
+func join[T fmt.Stringer](all []T) string {
+	var words []string
+	for _, a := range all {
+		words = append(words, a.String())
+	}
+	return strings.Join(words, ", ")
 }
 
 func count(n int, what string) string {

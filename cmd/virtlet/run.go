@@ -27,6 +27,8 @@ type runFlags struct {
 	userData  string
 	sshKeys   []string
 	plugins   []string
+
+	spoofCheck bool
 }
 
 func (a *app) runCmd() *cobra.Command {
@@ -99,6 +101,10 @@ func (f *runFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.cfg.Hostname, "hostname", "", "host name (default: the VM's name)")
 	fs.StringArrayVar(&f.cfg.DNS, "dns", nil, "name server, after those of the networks (default: the node's); repeatable")
 	fs.StringArrayVar(&f.cfg.Search, "dns-search", nil, "DNS search domain; repeatable")
+	fs.StringArrayVar(&f.cfg.NTP, "ntp", nil, "time server that DHCP tells the guest; repeatable")
+	fs.BoolVar(&f.spoofCheck, "spoof-check", true, "drop what the guest sends from addresses that are not its own; not on NICs without addresses")
+	fs.BoolVar(&f.cfg.ExternalDHCP, "allow-external-dhcp", false, "the guest asks the DHCP servers of its networks; ours is off, and so is --spoof-check")
+	fs.BoolVar(&f.cfg.ExternalRA, "allow-external-ra", false, "the guest hears the IPv6 routers of its networks; ours is off, and so is --spoof-check")
 
 	fs.StringVar(&f.cfg.Kernel, "kernel", "", "boot this kernel directly")
 	fs.StringVar(&f.cfg.Initrd, "initrd", "", "with this initial ramdisk")
@@ -119,6 +125,8 @@ func (f *runFlags) config(store vm.Store) (vm.Config, error) {
 	if cfg.Name == "" {
 		cfg.Name = vm.NewName()
 	}
+	// What others tell the guest to use is not known here.
+	cfg.NoSpoofCheck = !f.spoofCheck || cfg.ExternalDHCP || cfg.ExternalRA
 	cfg.Memory, err = parseMemory(f.memory)
 	note(err)
 	if f.image != "" {

@@ -32,11 +32,11 @@ const (
 	prefixAuto   = 0x40
 )
 
+// Bounds of an advertisement.
 const (
-	routerAdvertLen = 16
-	maxPacket       = 1500 // bytes: no message of ours is larger, whatever the link carries
-	maxRDNSS        = 32   // servers in one option
-	maxDNSSL        = 1024 // bytes of one option
+	maxPacket = 1500 // bytes: no message of ours is larger, whatever the link carries
+	maxRDNSS  = 32   // servers in one option
+	maxDNSSL  = 1024 // bytes of one option
 )
 
 // adverts gives the advertisements of every router to all nodes. The first router speaks for the link: the prefixes, the

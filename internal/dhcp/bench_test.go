@@ -5,7 +5,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gopacket/gopacket/layers"
 	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/insomniacslk/dhcp/dhcpv6"
 	"github.com/mdlayher/packet"
 	"golang.org/x/sys/unix"
 
@@ -57,3 +59,27 @@ func BenchmarkDORA(b *testing.B) {
 		}
 	})
 }
+
+// BenchmarkServer6 measures the way from frame to frame, for the questions that a guest asks most.
+func BenchmarkServer6(b *testing.B) {
+	l := full6()
+	for name, frame := range map[string][]byte{
+		"SOLICIT, rapid":        datagram6(b, allServers, request6(dhcpv6.MessageTypeSolicit, iaNA(1), rapid).ToBytes()),
+		"router solicitation":   routerSolicit(b, guestLocal, nil),
+		"gateway advertisement": tell(b, guest6, gateway6, 0x60, linkOption(layers.ICMPv6OptTargetAddress, gatewayMAC)),
+		"noise":                 []byte("noise"),
+	} {
+		b.Run(name, func(b *testing.B) {
+			s := &Server6{Lease: l, Conn: discard{}, adverts: l.adverts(false)}
+			b.ReportAllocs()
+			for b.Loop() {
+				s.handle(frame)
+			}
+		})
+	}
+}
+
+// discard is a TAP that keeps nothing.
+type discard struct{ net.PacketConn }
+
+func (discard) WriteTo(b []byte, _ net.Addr) (int, error) { return len(b), nil }

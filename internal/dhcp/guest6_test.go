@@ -31,8 +31,7 @@ type lab6 struct {
 var far = netip.MustParseAddr("2001:db8:ffff::1")
 
 // serve6 makes the links of a lab, whose node reflects what the pod sends, as hairpinMode does, and runs a server, which
-// repeats itself at that interval. The gateways are addresses of
-// the node.
+// repeats itself at that interval. The gateways are addresses of the node.
 func serve6(t testing.TB, n nic.NIC, interval time.Duration, gateways ...string) *lab6 {
 	t.Helper()
 	node := testnet.NewNode(t, prefixes(gateways...)...)
@@ -281,7 +280,8 @@ func TestDhcpcd6(t *testing.T) {
 		t.Skip("needs dhcpcd (Debian: dhcpcd-base)")
 	}
 	n := nic.NIC{
-		Name: "eth0", MAC: mac, MTU: 1450, Addrs: prefixes("2001:db8::2/64"), Routes: routes("2001:db8:9::/48 via 2001:db8::9", "::/0 via 2001:db8::1"), DNS: netDNS6,
+		Name: "eth0", MAC: mac, MTU: 1450, Addrs: prefixes("2001:db8::2/64"),
+		Routes: routes("2001:db8:9::/48 via 2001:db8::9", "::/0 via 2001:db8::1"), DNS: netDNS6,
 	}
 	l := serve6(t, n, 0, "2001:db8::1/64")
 	outside := testnet.NewCapture(t, l.node.Namespace, l.veth)

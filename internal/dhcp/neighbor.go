@@ -8,26 +8,28 @@ import (
 	"github.com/virtlet/virtlet/internal/nic"
 )
 
-// Types of ICMPv6 messages, and lengths before their options in bytes (RFC 4861, section 4).
+// Neighbour discovery: types of ICMPv6 messages, and where in them things are, in bytes (RFC 4861, section 4).
 const (
 	typeRouterSolicit   = 133
 	typeRouterAdvert    = 134
 	typeNeighborSolicit = 135
 	typeNeighborAdvert  = 136
 
-	icmp6HdrLen         = 4
-	routerSolicitLen    = 8
-	neighborLen         = 24 // a solicitation and an advertisement alike
-	offNDTarget         = 8
-	offNDFlags          = 4
-	ndRouter            = 0x80 // flags of a neighbour advertisement
-	ndSolicited         = 0x40
-	ndOverride          = 0x20
-	ndSourceLink        = 1 // options: link-layer addresses, of 8 bytes each with Ethernet
-	ndTargetLink        = 2
-	ndUnit              = 8 // bytes that an option's length counts in
-	ndLinkOptionUnits   = 1
-	ndLinkOptionMACFrom = 2
+	icmp6HdrLen      = 4
+	routerSolicitLen = 8 // before the options
+	routerAdvertLen  = 16
+	neighborLen      = 24 // a solicitation and an advertisement alike
+	offNDFlags       = 4
+	offNDTarget      = 8
+
+	ndRouter    = 0x80 // flags of a neighbour advertisement
+	ndSolicited = 0x40
+	ndOverride  = 0x20
+
+	ndUnit       = 8 // what the length of an option counts in
+	ndSourceLink = 1 // options with a link-layer address: type, length, MAC
+	ndTargetLink = 2
+	offLinkMAC   = 2
 )
 
 // ndValid does what RFC 4861 wants before anything is believed (sections 6.1.1, 7.1.1 and 7.1.2): hop limit, checksum,
@@ -47,8 +49,8 @@ func (p *packet6) ndValid(least int) bool {
 // linkOption gives the link-layer address in the first option of that kind; the options start at least.
 func (p *packet6) linkOption(least int, kind byte) (m nic.MAC, ok bool) {
 	for o := p.payload[least:]; len(o) > 0; o = o[int(o[1])*ndUnit:] {
-		if o[0] == kind && o[1] == ndLinkOptionUnits {
-			return nic.MAC(o[ndLinkOptionMACFrom:]), true
+		if o[0] == kind && o[1] == 1 {
+			return nic.MAC(o[offLinkMAC:]), true
 		}
 	}
 	return nic.MAC{}, false
@@ -65,7 +67,7 @@ func neighborMessage(kind, flags byte, target netip.Addr, option byte, m nic.MAC
 	b[0], b[offNDFlags] = kind, flags
 	b = append(b, target.AsSlice()...)
 	if option != 0 {
-		b = append(append(b, option, ndLinkOptionUnits), m[:]...)
+		b = append(append(b, option, 1), m[:]...)
 	}
 	return b
 }
@@ -90,7 +92,7 @@ func (l *Lease6) asks(p *packet6) ([]byte, silence) {
 		return nil, otherMAC
 	case i < 0:
 		return nil, otherTarget
-	case !l.guestAddr(p.src): // :: is the guest's own duplicate address detection: it has our address, and us to blame
+	case !l.guestAddr(p.src): // also ::, with which a guest looks whether our address is free: it may find that it is
 		return nil, otherSource
 	}
 	gw := l.Routers[i].Gateway

@@ -23,6 +23,7 @@ const (
 	noAssociation silence = "has no address to confirm"
 	assocInInform silence = "wants an address where it may not"
 	notMulticast  silence = "not sent to all servers"
+	notOurs       silence = "left to the guest's network"
 )
 
 // Reply gives the answer to a DHCPv6 message that the guest has sent to all servers, or nil for silence (RFC 8415,

@@ -19,6 +19,9 @@ import (
 type Server6 struct {
 	Lease Lease6
 
+	NoDHCP bool // leave DHCPv6 to servers of the guest's network
+	NoRA   bool // leave advertisements to its routers
+
 	// Conn is an AF_PACKET socket on the guest's TAP, with [Lease6.Filter] on it: whole Ethernet frames in and out.
 	Conn net.PacketConn
 
@@ -79,7 +82,9 @@ func (s *Server6) Run(ctx context.Context) error {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = s.Conn.SetReadDeadline(time.Unix(1, 0)) }) // long ago: wakes the read
 	defer stop()
-	s.adverts = s.Lease.adverts(false)
+	if !s.NoRA {
+		s.adverts = s.Lease.adverts(false)
+	}
 	interval := s.Interval
 	if interval <= 0 {
 		interval = AdvertInterval
@@ -91,8 +96,10 @@ func (s *Server6) Run(ctx context.Context) error {
 			return fmt.Errorf("serve IPv6 to %s: read from its TAP: %w (was the TAP removed or set down?)", s.Lease.MAC, err)
 		}
 	}
-	_ = s.Conn.SetWriteDeadline(time.Now().Add(farewell))
-	s.send(&s.stats.RouterAdverts, s.Lease.adverts(true)...)
+	if !s.NoRA {
+		_ = s.Conn.SetWriteDeadline(time.Now().Add(farewell))
+		s.send(&s.stats.RouterAdverts, s.Lease.adverts(true)...)
+	}
 	return nil
 }
 
@@ -123,6 +130,8 @@ func (s *Server6) handle(frame []byte) {
 		msg, dhcp = p.message6()
 	}
 	switch {
+	case dhcp && s.NoDHCP, ok && p.proto == protoICMPv6 && s.NoRA:
+		s.ignore(notOurs, "message")
 	case dhcp:
 		s.dhcp(&p, msg)
 	case !ok || p.proto != protoICMPv6:

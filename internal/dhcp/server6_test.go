@@ -281,3 +281,58 @@ func (s *sink) WriteTo(b []byte, _ net.Addr) (int, error) {
 	s.frames = append(s.frames, slices.Clone(b))
 	return len(b), nil
 }
+
+// What a guest can send in any number and gets no answer for costs no memory.
+func TestServer6IgnoresForFree(t *testing.T) {
+	s := &Server6{Lease: full6(), Conn: discard{}}
+	ask := solicit(t, guest6, s.Lease.Routers[0].Source, nic.MAC{})
+	for name, frame := range map[string][]byte{
+		"noise":               []byte("noise"),
+		"solicits in vain":    solicit(t, guest6, gateway6, nic.MAC{}),
+		"another MAC":         alter(ask, 11, 0x77),
+		"bad checksum":        alter(ask, 56, ask[56]+1),
+		"router solicitation": hops(routerSolicit(t, guestLocal, nil), 1),
+		"cut message":         datagram6(t, allServers, []byte{1}),
+	} {
+		if n := testing.AllocsPerRun(100, func() { s.handle(frame) }); n != 0 {
+			t.Errorf("%s: %v allocations", name, n)
+		}
+	}
+}
+
+// What the network answers itself is not answered here.
+func TestLeftToTheNetwork(t *testing.T) {
+	solicit := datagram6(t, allServers, request6(dhcpv6.MessageTypeSolicit).ToBytes())
+	for _, c := range []struct{ noDHCP, noRA bool }{{false, true}, {true, false}, {true, true}} {
+		w := newWire6(t)
+		s := &Server6{Lease: full6(), Conn: w.tap, Uplink: w.up, NoDHCP: c.noDHCP, NoRA: c.noRA}
+		stop := start6(t, s)
+		w.send(routerSolicit(t, netip.MustParseAddr("fe80::11:22ff:fe33:4455"), nil))
+		w.send(solicit)
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+			st := s.Stats()
+			done := (st.Advertises == 1) == !c.noDHCP && (st.RouterSolicits == 1) == !c.noRA && int(st.Ignored) == count(c.noDHCP, c.noRA)
+			if done {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%+v: %+v", c, st)
+			}
+		}
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+		if st := s.Stats(); (st.RouterAdverts > 0) != !c.noRA {
+			t.Errorf("%+v: %+v", c, st)
+		}
+	}
+}
+
+func count(all ...bool) (n int) {
+	for _, b := range all {
+		if b {
+			n++
+		}
+	}
+	return n
+}

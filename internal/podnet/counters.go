@@ -100,13 +100,19 @@ func Counters(ns *netns.NS, joins []Join) (map[string]map[Reason]Counter, error)
 	}
 	all := map[string]map[Reason]Counter{}
 	for link, rs := range rules {
-		all[link] = map[Reason]Counter{}
-		for _, r := range rs {
-			if r.Reason != "" {
-				c := all[link][r.Reason]
-				all[link][r.Reason] = Counter{c.Packets + r.Packets, c.Bytes + r.Bytes}
-			}
-		}
+		all[link] = Dropped(rs)
 	}
 	return all, nil
+}
+
+// Dropped sums up rules by reason.
+func Dropped(rules []Rule) map[Reason]Counter {
+	all := map[Reason]Counter{}
+	for _, r := range rules {
+		if r.Reason != "" {
+			c := all[r.Reason]
+			all[r.Reason] = Counter{c.Packets + r.Packets, c.Bytes + r.Bytes}
+		}
+	}
+	return all
 }

@@ -41,8 +41,16 @@ type Config struct {
 	Hostname string   `json:"hostname,omitempty"` // "": Name
 	DNS      []string `json:"dns,omitempty"`      // servers, after what the networks say
 	Search   []string `json:"search,omitempty"`   // domains, likewise
+	NTP      []string `json:"ntp,omitempty"`      // servers, by DHCP
 	UserData []byte   `json:"userData,omitempty"` // cloud-init
 	SSHKeys  []string `json:"sshKeys,omitempty"`  // authorized_keys files or lines; check makes lines of them
+
+	// A NIC of a network whose own DHCP servers or routers are to be heard: ours is off there then, and so is the check.
+	ExternalDHCP bool `json:"externalDHCP,omitempty"`
+	ExternalRA   bool `json:"externalRA,omitempty"`
+	// NoSpoofCheck lets the guest send from any address. By default it may use those of its NICs alone; a NIC without
+	// addresses is not checked.
+	NoSpoofCheck bool `json:"noSpoofCheck,omitempty"`
 
 	Accel   string `json:"accel,omitempty"`   // kvm, tcg; "" or auto: what the CPU has
 	QEMU    string `json:"qemu,omitempty"`    // "": qemu-system-* of this architecture
@@ -122,6 +130,10 @@ func (c *Config) check() error {
 	for _, a := range c.DNS {
 		_, err := netip.ParseAddr(a)
 		bad(err != nil, "dns %q: use an IP address", a)
+	}
+	for _, a := range c.NTP {
+		_, err := netip.ParseAddr(a)
+		bad(err != nil, "ntp %q: use an IP address", a)
 	}
 	disks := c.Disks
 	if c.Image != nil {

@@ -13,7 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/cni"
-	"github.com/virtlet/virtlet/internal/dhcp"
 	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
@@ -109,7 +108,12 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 	if err := addDNS(&nics[0].DNS, v.cfg.DNS, v.cfg.Search); err != nil {
 		return "", err
 	}
-	o := podnet.Options{Queues: v.cfg.queues(), Vhost: true}
+	o := podnet.Options{Queues: v.cfg.queues(), Vhost: true, Policies: map[string]podnet.Policy{}}
+	for _, n := range nics {
+		s := v.server(n)
+		v.servers = append(v.servers, s)
+		o.Policies[n.Name] = s.policy(&v.cfg)
+	}
 	v.ports, err = podnet.Attach(ctx, v.ns, snap, nics, o, func(r podnet.Record) error {
 		return v.record(func(j *Journal) { j.Network = &r })
 	})
@@ -124,38 +128,6 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 	for _, p := range v.ports {
 		v.state.Ports = append(v.state.Ports, PortState{Join: p.Join, Queues: len(p.Taps), Vhost: len(p.Vhost) > 0})
 		words = append(words, fmt.Sprintf("%s %s mtu %d", p.NIC.Name, p.NIC.MAC, p.NIC.MTU))
-	}
-	return strings.Join(words, ", "), nil
-}
-
-// serveDHCP opens a responder on every TAP and lets it answer.
-func (v *VM) serveDHCP() (string, error) {
-	ctx, quiet := context.WithCancel(context.Background())
-	v.quiet = quiet
-	var words []string
-	for _, p := range v.ports {
-		lease, notes, ok := dhcp.NewLease(p.NIC, v.cfg.Hostname)
-		v.note(notes...)
-		if !ok {
-			continue
-		}
-		conn, err := p.Listen(dhcp.Filter())
-		if err != nil {
-			return "", err
-		}
-		v.state.Leases = append(v.state.Leases, lease)
-		server := dhcp.Server{Lease: lease, Conn: conn, Log: v.log(p.NIC.Name)}
-		v.serve.Go(func() error {
-			err := server.Run(ctx)
-			if err != nil && v.cfg.Log != nil {
-				v.log(p.NIC.Name).Error("the guest gets no more answers to DHCP", "err", err)
-			}
-			return err
-		})
-		words = append(words, fmt.Sprintf("%s on %s", lease.Addr, p.NIC.Name))
-	}
-	if len(words) == 0 {
-		return "no IPv4 address to give", nil
 	}
 	return strings.Join(words, ", "), nil
 }

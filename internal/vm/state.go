@@ -27,23 +27,24 @@ const (
 
 // State is what is known of a VM. The supervisor writes it, everybody reads it.
 type State struct {
-	Config     Config       `json:"config"`
-	Status     Status       `json:"status"`
-	Created    time.Time    `json:"created"`
-	Started    time.Time    `json:"started,omitzero"` // QEMU answered
-	Finished   time.Time    `json:"finished,omitzero"`
-	Supervisor Process      `json:"supervisor"`
-	QEMU       Process      `json:"qemu,omitzero"`
-	Exit       *Exit        `json:"exit,omitempty"`
-	NetNS      string       `json:"netns"`
-	Results    []Result     `json:"results,omitempty"`
-	NICs       []nic.NIC    `json:"nics"`
-	Left       string       `json:"left,omitempty"` // what could not be undone at the end, and why
-	Ports      []PortState  `json:"ports,omitempty"`
-	Leases     []dhcp.Lease `json:"leases,omitempty"`
-	Accel      string       `json:"accel,omitempty"`
-	Command    string       `json:"command,omitempty"` // QEMU's command line, quoted for a shell
-	Notes      []string     `json:"notes,omitempty"`   // what the user should know about the network
+	Config     Config        `json:"config"`
+	Status     Status        `json:"status"`
+	Created    time.Time     `json:"created"`
+	Started    time.Time     `json:"started,omitzero"` // QEMU answered
+	Finished   time.Time     `json:"finished,omitzero"`
+	Supervisor Process       `json:"supervisor"`
+	QEMU       Process       `json:"qemu,omitzero"`
+	Exit       *Exit         `json:"exit,omitempty"`
+	NetNS      string        `json:"netns"`
+	Results    []Result      `json:"results,omitempty"`
+	NICs       []nic.NIC     `json:"nics"`
+	Left       string        `json:"left,omitempty"` // what could not be undone at the end, and why
+	Ports      []PortState   `json:"ports,omitempty"`
+	Leases     []dhcp.Lease  `json:"leases,omitempty"`
+	Leases6    []dhcp.Lease6 `json:"leases6,omitempty"`
+	Accel      string        `json:"accel,omitempty"`
+	Command    string        `json:"command,omitempty"` // QEMU's command line, quoted for a shell
+	Notes      []string      `json:"notes,omitempty"`   // what the user should know about the network
 }
 
 // Result is what a CNI network answered.

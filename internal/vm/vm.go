@@ -44,6 +44,7 @@ type VM struct {
 	media   *media
 	ns      *netns.NS
 	ports   []*podnet.Port
+	servers []server // of each port
 	proc    *qemu.Process
 	qmp     net.Conn // until monitor owns it
 	monitor *qemu.Monitor
@@ -53,7 +54,7 @@ type VM struct {
 	asked     sync.Once
 	powerdown chan struct{} // closed when the power button has been pressed
 
-	serve errgroup.Group     // DHCP responders
+	serve errgroup.Group     // the servers
 	quiet context.CancelFunc // ends them
 
 	progress Progress
@@ -96,7 +97,7 @@ func (v *VM) start(ctx context.Context) (err error) {
 	if err := both.Wait(); err != nil {
 		return err
 	}
-	if err := v.step("dhcp", v.serveDHCP); err != nil { // before QEMU: the first question must not be lost
+	if err := v.step("dhcp", v.answer); err != nil { // before QEMU: the first question must not be lost
 		return err
 	}
 	if err := v.step("qemu", v.startQEMU); err != nil {
