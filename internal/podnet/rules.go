@@ -49,6 +49,7 @@ const (
 	ClusterDHCPv4 Reason = "cluster-dhcpv4"
 	ClusterDHCPv6 Reason = "cluster-dhcpv6"
 	ClusterRA     Reason = "cluster-ra"
+	ClusterOwn    Reason = "cluster-own"
 	ClusterHidden Reason = "cluster-hidden"
 )
 
@@ -73,6 +74,7 @@ var because = map[Reason]string{
 	ClusterDHCPv4: "the guest's DHCP server is inside",
 	ClusterDHCPv6: "the guest's DHCPv6 server is inside",
 	ClusterRA:     "the guest's router advertisements are from inside",
+	ClusterOwn:    "an address of the guest's servers, which are inside, is nobody else's",
 	ClusterHidden: "wrapped or cut, so that it may be anything",
 }
 
@@ -158,7 +160,12 @@ func clusterRules(n nic.NIC, p Policy) []rule {
 		rules = append(rules, rule{ClusterDHCPv4, nil, toUDP(dhcpClient)}, rule{ClusterDHCPv6, nil, toUDP(dhcpv6Client)})
 	}
 	if !p.ExternalRA {
-		rules = append(rules, rule{ClusterRA, nil, all(underICMP.match, icmp6Type.is(advertiseRouter))})
+		rules = append(rules, rule{ClusterRA, underICMP, icmp6Type.is(advertiseRouter)})
+		for _, a := range p.Own { // or anybody could be the guest's router
+			if a.Is6() {
+				rules = append(rules, rule{ClusterOwn, underICMP, all(icmp6Type.is(advertise), ndTarget.is(addr(a)))})
+			}
+		}
 	}
 	return rules
 }

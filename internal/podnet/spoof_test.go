@@ -228,6 +228,8 @@ func clusterSamples() map[string]sample {
 		"RA behind a routing header":        {ClusterRA, c6(nd(router, message(134, ""), extension{43, make([]byte, 8)}))},
 		"RA, first fragment":                {ClusterRA, c6(nd(router, message(134, ""), hopByHop, fragmented(0, true)))},
 		"RA, the only fragment":             {ClusterRA, c6(nd(router, message(134, ""), fragmented(0, false)))},
+		"NA for our address":                {ClusterOwn, c6(nd(router, message(136, ownLinkLocal, option(2, cluster))))},
+		"NA for our address behind options": {ClusterOwn, c6(nd(router, message(136, ownLinkLocal), hopByHop))},
 		"RA in the next fragment":           {ClusterHidden, c6(packet6(router, protoICMPv6, nil, fragmented(0, true), destOpts))},
 		"the same, padding like TCP":        {ClusterHidden, c6(append(packet6(router, 60, nil, fragmented(0, true), destOpts), append([]byte{protoTCP, 0, 1, 4, 0, 0, 0, 0}, ports(1, 2)...)...))},
 		"RA in a fragment of a fragment":    {ClusterHidden, c6(packet6(router, protoICMPv6, nil, fragmented(0, false), fragmented(0, true), destOpts))},
@@ -243,18 +245,20 @@ func clusterSamples() map[string]sample {
 func TestFramesOfTheCluster(t *testing.T) {
 	hairpin := calico()
 	hairpin.Hairpin = true
-	dhcp, ra := []Reason{ClusterDHCPv4, ClusterDHCPv6}, []Reason{ClusterRA}
+	dhcp, ra := []Reason{ClusterDHCPv4, ClusterDHCPv6}, []Reason{ClusterRA, ClusterOwn}
+	own := []netip.Addr{netip.MustParseAddr(ownLinkLocal)}
 	for name, c := range map[string]struct {
 		spec   testnet.PodSpec
 		policy Policy
 		passes []Reason
 	}{
-		"all on":         {calico(), Policy{}, nil},
-		"hairpin":        {hairpin, Policy{}, nil},
-		"no spoof check": {calico(), Policy{NoSpoofCheck: true}, nil},
-		"external DHCP":  {calico(), Policy{ExternalDHCP: true}, dhcp},
-		"external RA":    {calico(), Policy{ExternalRA: true}, ra},
-		"both":           {calico(), Policy{ExternalDHCP: true, ExternalRA: true}, append([]Reason{ClusterHidden, ClusterRA}, dhcp...)},
+		"all on":          {calico(), Policy{Own: own}, nil},
+		"hairpin":         {hairpin, Policy{Own: own}, nil},
+		"nothing of ours": {calico(), Policy{}, []Reason{ClusterOwn}},
+		"no spoof check":  {calico(), Policy{Own: own, NoSpoofCheck: true}, nil},
+		"external DHCP":   {calico(), Policy{Own: own, ExternalDHCP: true}, dhcp},
+		"external RA":     {calico(), Policy{Own: own, ExternalRA: true}, ra},
+		"both":            {calico(), Policy{Own: own, ExternalDHCP: true, ExternalRA: true}, append([]Reason{ClusterHidden, ClusterRA, ClusterOwn}, dhcp...)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
 
@@ -172,6 +173,16 @@ func TestLifeOfAVM(t *testing.T) {
 	if len(st.NICs) != 1 || len(st.Leases) != 1 || st.NICs[0].Addrs[0] != st.Leases[0].Addr {
 		t.Errorf("NICs %+v, leases %+v", st.NICs, st.Leases)
 	}
+	if len(st.Leases6) != 1 || st.Leases6[0].Addrs[0] != testnet.Addr(t, st.NICs[0], 6) {
+		t.Errorf("IPv6 leases %+v", st.Leases6)
+	}
+	counters, err := s.Counters("life")
+	if err != nil || len(counters) != 1 || counters[0].DHCP == nil || counters[0].IPv6 == nil || len(counters[0].Rules) == 0 {
+		t.Errorf("counters %+v, %v", counters, err)
+	}
+	if _, there := counters[0].Dropped[podnet.SpoofedMAC]; !there {
+		t.Errorf("the guest may send from any MAC: %+v", counters[0].Dropped)
+	}
 	for _, want := range []string{"qemu-system-x86_64", "-sandbox on", st.NICs[0].MAC.String()} {
 		if !strings.Contains(st.Command, want) {
 			t.Errorf("no %q in the command line %s", want, st.Command)
@@ -205,6 +216,9 @@ func TestLifeOfAVM(t *testing.T) {
 	}
 	if st, _ := s.Get("life"); st.Status != Stopped || st.Exit.Reason != Killed {
 		t.Errorf("state after the end: %+v", st)
+	}
+	if _, err := s.Counters("life"); !errors.Is(err, ErrStopped) {
+		t.Errorf("counters after the end: %v", err)
 	}
 	if err := s.Remove(context.Background(), "life", false); err != nil {
 		t.Error(err)
