@@ -149,7 +149,7 @@ func TestAttachCost(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector slows our code, not the kernel: the ratio says nothing")
 	}
-	const bound, rounds, tries = 1.5, 25, 12
+	const bound, rounds, tries = 1.5, 25, 30
 	a := newArena(t)
 	var ratio float64
 	for range tries { // others use the machine too, and Attach wants both of its CPUs for a moment
