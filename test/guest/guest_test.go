@@ -61,6 +61,7 @@ type vm struct {
 	err     error // of QEMU, once exited is closed
 
 	commands int // typed on the console
+	ended    int // bytes that were printed when the last of them had ended
 
 	mu  sync.Mutex
 	out bytes.Buffer
@@ -182,11 +183,11 @@ func (v *vm) report(skip int) Report {
 
 const prompt = "guest# "
 
-// shell types a command and gives what it prints. The end is marked, for a prompt is no mark: a report that a signal
-// asked for may come after it.
+// shell types a command at the next prompt, for what is typed before it is echoed before it, and gives what it prints.
+// The end is marked, for a prompt is no mark: a report that a signal asked for may come after it.
 func (v *vm) shell(command string) string {
 	v.t.Helper()
-	v.await("a prompt", 0, func(s string) bool { return strings.Contains(s, prompt) })
+	v.await("a prompt", v.ended, func(s string) bool { return strings.Contains(s, prompt) })
 	v.commands++
 	skip, mark := len(v.printed()), fmt.Sprintf("end%d\r\n", v.commands)
 	// The terminal echoes what is typed; the sum keeps the mark out of the echo.
@@ -195,6 +196,7 @@ func (v *vm) shell(command string) string {
 	}
 	v.await("the end of "+command, skip, func(s string) bool { return strings.Contains(s, mark) })
 	out, _, _ := strings.Cut(v.printed()[skip:], mark)
+	v.ended = skip + len(out) + len(mark)
 	_, out, _ = strings.Cut(out, "\n")
 	return strings.TrimSpace(strings.ReplaceAll(out, "\r", ""))
 }
