@@ -22,7 +22,7 @@ needed() {
 		dhclient                 isc-dhcp-client  tests: another DHCP client
 		dhcpcd                   dhcpcd-base      tests: a third, which reads router advertisements too
 		/lib/systemd/systemd-networkd  systemd    tests: a fourth
-		dnsmasq                  dnsmasq-base     benchmarks: a DHCP server to compare with
+		dnsmasq                  dnsmasq-base     tests: a router for the guest, and a DHCP server to compare with
 		xz                       xz-utils         the test guest: packed kernel modules
 		git                      git              the version of the build
 		gcc                      gcc              tests: the race detector is C

@@ -1,5 +1,8 @@
-// Package guest is for tests only: a small Linux guest that configures its NICs by DHCP and router advertisements, as
-// any distribution does, and says on its serial console what came of it.
+// Package guest is for tests only: a small Linux guest that configures its NICs by DHCP, DHCPv6 and router
+// advertisements, as any distribution does, and says on its serial console what came of it.
+//
+// DHCPv6 is asked for an address when a router's advertisement has the M flag. The report does not wait for it, nor for
+// IPv6 at all, unless virtlet.wait6 is on the kernel command line.
 //
 // The guest is a Debian kernel with an initramfs; [Artifacts] gives its files and builds them when they are missing.
 // The command in build/ makes it, and the head of build/root/init lists what it understands on the kernel command line.
@@ -43,13 +46,23 @@ type NIC struct {
 	Carrier bool           `json:"carrier"`
 	Addrs   []netip.Prefix `json:"addrs"`  // all, link-local ones included
 	Routes  []Route        `json:"routes"` // of the main table, through this NIC
-	DNS     []string       `json:"dns"`
-	Search  []string       `json:"search"`
+	DNS     []string       `json:"dns"`    // of DHCPv4, DHCPv6 and routers, in this order
+	Search  []string       `json:"search"` // the same
 	Domain  string         `json:"domain"`
-	Lease   int            `json:"lease"`  // seconds, as granted
-	Events  []string       `json:"events"` // what the DHCP client saw: deconfig, bound, renew, nak, leasefail
-	// DHCP has the client's variables, such as ip, router, and opt58 (hexadecimal). It is nil without a lease.
+	Lease   int            `json:"lease"` // seconds, as granted by DHCPv4
+	// Events are what the DHCP clients saw: deconfig, bound, renew, nak, leasefail, and of DHCPv6 BOUND6, RENEW6, REBIND6,
+	// INFORM6 (no address was asked for), EXPIRE6, STOP6. BOUND6 comes twice, before and after the address is proven unique.
+	Events []string `json:"events"`
+	// DHCP has the DHCPv4 client's variables, such as ip, router, and opt58 (hexadecimal). It is nil without a lease.
 	DHCP map[string]string `json:"dhcp"`
+	// DHCP6 has the DHCPv6 client's variables (dhcpcd's new_dhcp6_*): ia_na1_ia_addr1 with its lifetimes
+	// ia_na1_ia_addr1_pltime and _vltime, ia_na1_t1, ia_na1_t2, name_servers, domain_search, server_id, client_id
+	// (hexadecimal), and so on. It is nil without an answer; an answer to INFORM6 has no address.
+	DHCP6 map[string]string `json:"dhcp6"`
+	// RA has what the router advertised (dhcpcd's nd1_*; other routers' variables keep the prefixes nd2_, nd3_, ...): from,
+	// flags ("M", "O", "MO", or empty), lifetime, mtu, prefix_information1_prefix with _length, _flags, _pltime and _vltime,
+	// rdnss1_servers, dnssl1_search. It is nil without a router.
+	RA map[string]string `json:"ra"`
 }
 
 // Route is one route. Without a gateway it is on-link.

@@ -71,6 +71,12 @@ type vm struct {
 // start boots a guest with more arguments for the kernel and for QEMU.
 func start(t *testing.T, cmdline string, args ...string) *vm {
 	t.Helper()
+	return startWith(t, nil, cmdline, args...)
+}
+
+// startWith is start with files that QEMU inherits, as descriptors from 3 on.
+func startWith(t *testing.T, files []*os.File, cmdline string, args ...string) *vm {
+	t.Helper()
 	if runtime.GOARCH != "amd64" {
 		t.Skip("boots under qemu-system-x86_64 only")
 	}
@@ -101,7 +107,7 @@ func start(t *testing.T, cmdline string, args ...string) *vm {
 		"-chardev", "socket,id=monitor,path=" + filepath.Join(dir, "monitor"), "-mon", "chardev=monitor,mode=control",
 	}, args...)...)
 	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
+	cmd.Stderr, cmd.ExtraFiles = &stderr, files
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

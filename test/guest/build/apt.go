@@ -30,26 +30,49 @@ var dependsKernel = regexp.MustCompile(`(?m)^Depends: (linux-image-[a-z0-9.+-]+)
 // kernel gives the newest cloud kernel: Debian's kernel for virtual machines, with no drivers for hardware.
 func (a *apt) kernel(ctx context.Context) (pkg, error) {
 	meta := "linux-image-cloud-" + a.arch
+	m, err := a.show(ctx, meta, dependsKernel)
+	if err != nil {
+		return pkg{}, err
+	}
+	return pkg{m[1], m[2]}, nil
+}
+
+var hasVersion = regexp.MustCompile(`(?m)^Version: ([A-Za-z0-9.+:~-]+)`)
+
+// candidate gives the version of a package that apt would install.
+func (a *apt) candidate(ctx context.Context, name string) (pkg, error) {
+	m, err := a.show(ctx, name, hasVersion)
+	if err != nil {
+		return pkg{}, err
+	}
+	return pkg{name, m[1]}, nil
+}
+
+// show gives what a pattern matches in the description of a package, which is looked for in fresh lists, too.
+func (a *apt) show(ctx context.Context, name string, pattern *regexp.Regexp) ([]string, error) {
 	var last error
 	for {
-		out, err := a.run(ctx, "", "apt-cache", "show", "--no-all-versions", meta)
-		if m := dependsKernel.FindSubmatch(out); err == nil && m != nil {
-			return pkg{string(m[1]), string(m[2])}, nil
+		out, err := a.run(ctx, "", "apt-cache", "show", "--no-all-versions", name)
+		if m := pattern.FindStringSubmatch(string(out)); err == nil && m != nil {
+			return m, nil
 		}
 		last = errors.Join(last, err)
 		if a.private {
-			return pkg{}, fmt.Errorf("find a kernel: no package %s is known to apt: %w; Debian has it", meta, last)
+			return nil, fmt.Errorf("find package %s: none of that name is known to apt: %w; Debian has it", name, last)
 		}
 		if err := a.update(ctx); err != nil {
-			return pkg{}, errors.Join(last, err)
+			return nil, errors.Join(last, err)
 		}
 	}
 }
 
 // unpack downloads packages into dir and unpacks them into tree. Lists that are out of date name files that are no
 // longer there, so a failure is tried once more with fresh lists.
-func (a *apt) unpack(ctx context.Context, dir, tree string, pkgs ...string) error {
-	download := append([]string{"download"}, pkgs...)
+func (a *apt) unpack(ctx context.Context, dir, tree string, pkgs []pkg) error {
+	download := []string{"download"}
+	for _, p := range pkgs {
+		download = append(download, p.String())
+	}
 	_, err := a.run(ctx, dir, "apt-get", download...)
 	if err != nil && !a.private {
 		if err = a.update(ctx); err == nil {
@@ -57,11 +80,11 @@ func (a *apt) unpack(ctx context.Context, dir, tree string, pkgs ...string) erro
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("download %s: %w", strings.Join(pkgs, ", "), err)
+		return fmt.Errorf("download %v: %w", pkgs, err)
 	}
 	debs, err := filepath.Glob(filepath.Join(dir, "*.deb"))
 	if err != nil || len(debs) != len(pkgs) {
-		return fmt.Errorf("download %s: got %d files: %w", strings.Join(pkgs, ", "), len(debs), err)
+		return fmt.Errorf("download %v: got %d files: %w", pkgs, len(debs), err)
 	}
 	for _, deb := range debs {
 		if _, err := a.run(ctx, dir, "dpkg-deb", "-x", deb, tree); err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"debug/elf"
 	"fmt"
 	"io"
 	"io/fs"
@@ -61,6 +62,7 @@ func cmdline(arch string) string {
 var place = map[string]string{
 	"init":         "init",
 	"dhcp-event":   "lib/dhcp-event",
+	"dhcp6-event":  "lib/dhcp6-event",
 	"power-button": "etc/acpi/PWRF/00000080", // busybox acpid's name for the event of the power button
 }
 
@@ -73,12 +75,10 @@ func initramfs(ctx context.Context, w io.Writer, tree string) error {
 		a.dir(dir)
 	}
 	a.symlink("etc/resolv.conf", "/run/resolv.conf")
-	busybox, err := one(tree, "bin/busybox", "usr/bin/busybox")
-	if err != nil {
-		return err
-	}
-	if err := addFile(a, "bin/busybox", busybox); err != nil {
-		return err
+	for _, name := range []string{"busybox", "dhcpcd"} {
+		if err := addProgram(a, tree, name); err != nil {
+			return err
+		}
 	}
 	if err := addModules(ctx, a, tree); err != nil {
 		return err
@@ -125,6 +125,65 @@ func addModules(ctx context.Context, a *archive, tree string) error {
 	}
 	a.file("etc/modules", 0o644, []byte(list.String()))
 	return nil
+}
+
+// addProgram adds a program, with the libraries and the dynamic linker that it needs when it is not a static one.
+func addProgram(a *archive, tree, name string) error {
+	program, err := one(tree, "bin/"+name, "sbin/"+name, "usr/bin/"+name, "usr/sbin/"+name)
+	if err != nil {
+		return err
+	}
+	linker, libraries, err := linked(program)
+	if err != nil {
+		return fmt.Errorf("read %s: %w", program, err)
+	}
+	if linker != "" {
+		if dir := path.Dir(linker); dir != "lib" {
+			a.dir(dir)
+		}
+		libraries = append(libraries, linker)
+	}
+	if err := addFile(a, "bin/"+name, program); err != nil {
+		return err
+	}
+	for _, l := range libraries {
+		file, err := one(tree, "lib/*/"+path.Base(l), "usr/lib/*/"+path.Base(l))
+		if err != nil {
+			return fmt.Errorf("%w (needed by %s)", err, name)
+		}
+		if err := addFile(a, l, file); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// linked gives where a program's dynamic linker is, "" for a static one, and where it finds the libraries. Those need
+// no others: they are parts of the C library.
+func linked(program string) (linker string, libraries []string, err error) {
+	f, err := elf.Open(program)
+	if err != nil {
+		return "", nil, err
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type != elf.PT_INTERP {
+			continue
+		}
+		b, err := io.ReadAll(p.Open())
+		if err != nil {
+			return "", nil, err
+		}
+		linker = strings.Trim(string(b), "/\x00")
+	}
+	if linker == "" {
+		return "", nil, nil
+	}
+	names, err := f.ImportedLibraries()
+	for _, n := range names {
+		libraries = append(libraries, "lib/"+n)
+	}
+	return linker, libraries, err
 }
 
 func addFile(a *archive, name, from string) error {

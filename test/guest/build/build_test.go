@@ -26,7 +26,7 @@ func TestRunUsesWhatIsThere(t *testing.T) {
 	}
 	var want string
 	for i, name := range []string{
-		runtime.GOARCH + "-1-" + hash, runtime.GOARCH + "-2-" + hash, runtime.GOARCH + "-3-other", "m68k-4-" + hash,
+		runtime.GOARCH + "-1-a-" + hash, runtime.GOARCH + "-2-b-" + hash, runtime.GOARCH + "-3-b-other", "m68k-4-b-" + hash,
 	} {
 		dir := filepath.Join(cache, "guest", name)
 		if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -70,7 +70,7 @@ func TestFailedBuildLeavesNothing(t *testing.T) {
 	t.Setenv("VIRTLET_CACHE", cache)
 	t.Setenv("PATH", bin)
 	for name, body := range map[string]string{
-		"apt-cache": "echo 'Depends: linux-image-1.0-cloud (= 1.0-1)'",
+		"apt-cache": "echo 'Version: 1'; echo 'Depends: linux-image-1.0-cloud (= 1.0-1)'",
 		"apt-get":   "echo 'E: no such file' >&2; exit 100",
 	} {
 		if err := os.WriteFile(filepath.Join(bin, name), []byte("#!/bin/sh\n"+body+"\n"), 0o755); err != nil {
@@ -89,6 +89,14 @@ func TestFailedBuildLeavesNothing(t *testing.T) {
 		if e.Name() != "lock" && e.Name() != "apt" {
 			t.Errorf("left behind: %s", e.Name())
 		}
+	}
+}
+
+// Each package's version is in the name of the build.
+func TestHashVersions(t *testing.T) {
+	a := hashVersions([]pkg{{"busybox-static", "1:1.35"}, {"libc6", "2.36"}})
+	if b := hashVersions([]pkg{{"busybox-static", "1:1.35"}, {"libc6", "2.37"}}); a == b {
+		t.Errorf("two versions of libc6 have the same hash %s", a)
 	}
 }
 

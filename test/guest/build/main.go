@@ -1,11 +1,12 @@
-// Command build makes the test guest: a kernel, an initramfs with busybox and the scripts below root/, and a kernel
-// command line. Everything else is Debian's: packages are fetched by apt-get, which verifies them, and unpacked by
+// Command build makes the test guest: a kernel, an initramfs with busybox, a DHCPv6 client and the scripts below root/,
+// and a kernel command line. Everything else is Debian's: packages are fetched by apt-get, which verifies them, and unpacked by
 // dpkg-deb; nothing is installed and no privilege is needed.
 //
 // The result is a directory with the files vmlinuz, initrd and cmdline, in the folder guest of VIRTLET_CACHE (default:
-// virtlet in the user's cache). Its name holds the architecture, the kernel's version and a hash of this program and
-// its scripts, so a change of either makes another one; it appears complete or not at all, and two builds at once are
-// one. A build that is there is used without asking the network whether there is a newer kernel: -refresh asks.
+// virtlet in the user's cache). Its name holds the architecture, the kernel's version, a hash of the other packages'
+// versions and one of this program and its scripts, so a change of any makes another one; it appears complete or not at
+// all, and two builds at once are one. A build that is there is used without asking the network whether there are newer
+// packages: -refresh asks.
 //
 // The directory's path is printed on standard output and nothing else is; progress and errors go to standard error.
 package main
@@ -34,11 +35,16 @@ import (
 //go:embed *.go root
 var inputs embed.FS
 
+// programs are the packages that the guest's programs are in, beside the kernel's. busybox has a client for DHCPv4 only;
+// of Debian's DHCPv6 clients dhcpcd is the one that looks at router advertisements. It needs the C library, which makes
+// up most of what it adds to the initramfs (2.5 MB).
+var programs = []string{"busybox-static", "dhcpcd-base", "libc6"}
+
 // limit is how long a build may take; most of it is the download of the kernel package (27 MB).
 const limit = 10 * time.Minute
 
 func main() {
-	refresh := flag.Bool("refresh", false, "look for a newer kernel even if there is a guest already")
+	refresh := flag.Bool("refresh", false, "look for newer packages even if there is a guest already")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -89,18 +95,26 @@ func build(ctx context.Context, cache, arch, hash string) (dir string, err error
 	if err != nil {
 		return "", err
 	}
-	dir = filepath.Join(cache, fmt.Sprintf("%s-%s-%s", arch, kernel.version, hash))
+	pkgs := []pkg{kernel}
+	for _, name := range programs {
+		p, err := apt.candidate(ctx, name)
+		if err != nil {
+			return "", err
+		}
+		pkgs = append(pkgs, p)
+	}
+	dir = filepath.Join(cache, fmt.Sprintf("%s-%s-%s-%s", arch, kernel.version, hashVersions(pkgs[1:]), hash))
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
-	fmt.Fprintf(os.Stderr, "guest: making one of %s and busybox-static\n", kernel)
+	fmt.Fprintf(os.Stderr, "guest: making one of %v\n", pkgs)
 	temp, err := os.MkdirTemp(cache, "new-")
 	if err != nil {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
 	tree, done := filepath.Join(temp, "tree"), filepath.Join(temp, "guest")
-	if err := apt.unpack(ctx, temp, tree, kernel.String(), "busybox-static"); err != nil {
+	if err := apt.unpack(ctx, temp, tree, pkgs); err != nil {
 		return "", err
 	}
 	if err := os.Mkdir(done, 0o755); err != nil {
@@ -137,6 +151,12 @@ func hashInputs() (string, error) {
 		return err
 	})
 	return hex.EncodeToString(h.Sum(nil))[:12], err
+}
+
+// hashVersions gives the first 6 hexadecimal digits of a hash of packages and their versions.
+func hashVersions(pkgs []pkg) string {
+	sum := sha256.Sum256(fmt.Append(nil, pkgs))
+	return hex.EncodeToString(sum[:])[:6]
 }
 
 // newest gives the build of this architecture and these inputs that was made last, "" if there is none.

@@ -1,7 +1,11 @@
-# The variables that udhcpc gave, as a JSON object.
+# The variables that a DHCP client gave, as a JSON object: those whose names match the pattern "only", without "prefix".
 BEGIN {
 	for (k in ENVIRON)
-		if (k !~ /^(PATH|HOME|PWD|OLDPWD|SHLVL|TERM|_)$/)
-			out = join(out, field(k, quote(ENVIRON[k])))
+		if (k ~ only && k !~ /^(PATH|HOME|PWD|OLDPWD|SHLVL|TERM|_)$/) {
+			name = k
+			if (prefix != "")
+				sub(prefix, "", name)
+			out = join(out, field(name, quote(ENVIRON[k])))
+		}
 	print "{" out "}"
 }

@@ -7,6 +7,22 @@ function words(file,    s, out) {
 	return "[" out "]"
 }
 
+# names gives the lines of what DHCPv4, DHCPv6 and the routers say, in this order and without doubles.
+function names(file,    cmd, s, seen, out) {
+	cmd = "cat " file " " file "6 " file "ra 2>/dev/null"
+	while ((cmd | getline s) > 0)
+		if (!seen[s]++)
+			out = join(out, quote(s))
+	close(cmd)
+	return "[" out "]"
+}
+
+# object gives the JSON object in a file, null if there is none.
+function object(file,    s) {
+	s = line(file)
+	return s == "" ? "null" : s
+}
+
 function addresses(nic,    cmd, out, f) {
 	cmd = "ip -o addr show dev " nic
 	while ((cmd | getline) > 0)
@@ -50,17 +66,17 @@ function routes(nic,    cmd, out, r) {
 	return "[" out "]"
 }
 
-function nic(name, pci, driver,    sys, run, dhcp) {
+function nic(name, pci, driver,    sys, run) {
 	sys = "/sys/class/net/" name "/"
 	run = "/run/nic/" name "."
-	dhcp = line(run "dhcp")
 	return "{" field("name", quote(name)) "," field("mac", quote(line(sys "address"))) \
 		"," field("mtu", line(sys "mtu") + 0) "," field("pci", quote(pci)) "," field("driver", quote(driver)) \
 		"," field("carrier", line(sys "carrier") == 1 ? "true" : "false") \
 		"," field("addrs", addresses(name)) "," field("routes", routes(name)) \
-		"," field("dns", words(run "dns")) "," field("search", words(run "search")) \
+		"," field("dns", names(run "dns")) "," field("search", names(run "search")) \
 		"," field("domain", quote(line(run "domain"))) "," field("lease", line(run "lease") + 0) \
-		"," field("events", words(run "events")) "," field("dhcp", dhcp == "" ? "null" : dhcp) "}"
+		"," field("events", words(run "events")) "," field("dhcp", object(run "dhcp")) \
+		"," field("dhcp6", object(run "dhcp6")) "," field("ra", object(run "ra")) "}"
 }
 
 function nics(    s, f, out) {
