@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/netip"
 	"os"
@@ -16,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/testnet"
 	"github.com/virtlet/virtlet/internal/vm"
 	"github.com/virtlet/virtlet/test/guest"
@@ -142,6 +145,9 @@ func same(t *testing.T, st vm.State, r guest.Report) {
 				t.Errorf("%s: DNS %v, want %s", want.Name, got.DNS, s)
 			}
 		}
+		if strings.Contains(r.Cmdline, "virtlet.wait6") {
+			same6(t, st, want, got)
+		}
 		for _, d := range want.DNS.Search {
 			if !slices.Contains(got.Search, d) {
 				t.Errorf("%s: search domains %v, want %s", want.Name, got.Search, d)
@@ -149,6 +155,34 @@ func same(t *testing.T, st vm.State, r guest.Report) {
 		}
 	}
 }
+
+// same6 compares the IPv6 part of a NIC. The guest has its addresses by DHCPv6, and the gateway by the address that stands
+// for it.
+func same6(t *testing.T, st vm.State, want nic.NIC, got guest.NIC) {
+	t.Helper()
+	for _, p := range want.Addrs {
+		if p.Addr().Is6() && !slices.ContainsFunc(got.Addrs, func(g netip.Prefix) bool { return g.Addr() == p.Addr() }) {
+			t.Errorf("%s: addresses %v, want %s", want.Name, got.Addrs, p.Addr())
+		}
+	}
+	for _, l := range st.Leases6 {
+		if l.MAC != want.MAC {
+			continue
+		}
+		for _, r := range l.Routers {
+			if r.Default && !slices.ContainsFunc(got.Routes, func(g guest.Route) bool { return g.Dst == defaultRoute6 && g.Gw == r.Source }) {
+				t.Errorf("%s: routes %+v, want a default one via %s", want.Name, got.Routes, r.Source)
+			}
+		}
+		for _, s := range l.DNS.Servers {
+			if !slices.Contains(got.DNS, s.String()) {
+				t.Errorf("%s: DNS %v, want %s", want.Name, got.DNS, s)
+			}
+		}
+	}
+}
+
+var defaultRoute6 = netip.MustParsePrefix("::/0")
 
 // answered checks that the guest has every IPv4 address that the networks' plugins answered with, whatever was planned.
 func answered(t *testing.T, st vm.State, r guest.Report) {
@@ -212,15 +246,15 @@ func get(t *testing.T, host string) string {
 
 func TestBootOnTheEmbeddedNetwork(t *testing.T) {
 	l := newLab(t)
-	l.virtlet(l.run("", "", "-d", "--name", "web", "--hostname", "web-1", "-p", "8080:80", "-p", "5353:53/udp", "--cpus", "2",
-		"--dns", "192.0.2.53", "--dns-search", "example.test")...)
+	l.virtlet(l.run("", "virtlet.wait6", "-d", "--name", "web", "--hostname", "web-1", "-p", "8080:80", "-p", "5353:53/udp", "--cpus", "2",
+		"--dns", "192.0.2.53", "--dns", "2001:db8::53", "--dns-search", "example.test")...)
 	st, r := l.state("web"), l.report("web")
 	same(t, st, r)
 	answered(t, st, r)
 	if st.Ports[0].Queues != 2 {
 		t.Errorf("%d queues for 2 CPUs", st.Ports[0].Queues)
 	}
-	if len(r.NICs[0].DNS) != 1 || r.NICs[0].DNS[0] != "192.0.2.53" || !slices.Contains(r.NICs[0].Search, "example.test") {
+	if !slices.Equal(r.NICs[0].DNS, []string{"192.0.2.53", "2001:db8::53"}) || !slices.Contains(r.NICs[0].Search, "example.test") {
 		t.Errorf("DNS %v, search %v", r.NICs[0].DNS, r.NICs[0].Search)
 	}
 	if kib := resident(t, st.Supervisor.PID); kib > 20<<10 {
@@ -233,6 +267,10 @@ func TestBootOnTheEmbeddedNetwork(t *testing.T) {
 	if page := get(t, to.String()); !strings.Contains(page, "web-1") {
 		t.Errorf("the guest's page is %q", page)
 	}
+	to6 := testnet.Addr(t, st.NICs[0], 6)
+	if page := get(t, "["+to6.String()+"]"); !strings.Contains(page, "web-1") {
+		t.Errorf("the guest's page by IPv6 is %q", page)
+	}
 	// The published port is for those outside of the node.
 	client := testnet.New(t, "client")
 	sh := func(args ...string) {
@@ -244,19 +282,40 @@ func TestBootOnTheEmbeddedNetwork(t *testing.T) {
 	sh("link", "add", "up0", "type", "veth", "peer", "name", "eth0", "netns", client.Name)
 	sh("addr", "add", "192.0.2.1/24", "dev", "up0")
 	sh("link", "set", "up0", "up")
+	sh("addr", "add", "2001:db8:c::1/64", "dev", "up0", "nodad")
 	client.MustRun("ip", "addr", "add", "192.0.2.2/24", "dev", "eth0")
+	client.MustRun("ip", "addr", "add", "2001:db8:c::2/64", "dev", "eth0", "nodad")
 	client.MustRun("ip", "link", "set", "eth0", "up")
 	if page := client.MustRun("curl", "-sSf", "--max-time", "30", "http://192.0.2.1:8080/"); !strings.Contains(page, "web-1") {
 		t.Errorf("at the published port is %q", page)
 	}
 	// A second guest reaches the first, and the world behind the node (masqueraded).
-	l.virtlet(l.run("", "", "-d", "--name", "second")...)
-	l.report("second")
+	l.virtlet(l.run("", "virtlet.wait6", "-d", "--name", "second")...)
+	same(t, l.state("second"), l.report("second"))
 	if out := l.type_("second", "wget -q -O - http://"+to.String()+"/"); !strings.Contains(out, "web-1") {
 		t.Errorf("the second guest got %q from the first", out)
 	}
+	if out := l.type_("second", "wget -q -O - http://["+to6.String()+"]/"); !strings.Contains(out, "web-1") {
+		t.Errorf("the second guest got %q from the first by IPv6", out)
+	}
+	if out := l.type_("second", "ping -6 -c 2 -W 10 2001:db8:c::2"); !strings.Contains(out, " 0% packet loss") {
+		t.Errorf("the second guest does not reach the client by IPv6: %q", out)
+	}
 	if out := l.type_("second", "ping -c 2 -W 5 192.0.2.2"); !strings.Contains(out, " 0% packet loss") {
 		t.Errorf("the second guest does not reach the client: %q", out)
+	}
+	// All of that was honest.
+	for _, name := range []string{"web", "second"} {
+		for why, n := range l.dropped(name) {
+			if strings.HasPrefix(string(why), "spoofed") || strings.HasPrefix(string(why), "rogue") || why == podnet.OtherProtocol {
+				t.Errorf("%s: %d frames were dropped as %s", name, n.Packets, why)
+			}
+		}
+	}
+	// This is not.
+	l.type_("second", "ip addr add 10.231.86.250/32 dev eth0; ping -c 1 -W 1 -I 10.231.86.250 "+to.String())
+	if l.dropped("second")[podnet.SpoofedIPv4].Packets+l.dropped("second")[podnet.SpoofedARP].Packets == 0 {
+		t.Errorf("a foreign address was not noticed: %+v", l.dropped("second"))
 	}
 	l.virtlet("stop", "-t", "60s", "web", "second")
 	for _, name := range []string{"web", "second"} {
@@ -264,6 +323,21 @@ func TestBootOnTheEmbeddedNetwork(t *testing.T) {
 			t.Errorf("%s ended as %s, %+v", name, st.Status, st.Exit)
 		}
 	}
+}
+
+// dropped gives the frames of the first NIC that were dropped, by reason; those with none are left out.
+func (l *lab) dropped(name string) map[podnet.Reason]podnet.Counter {
+	l.t.Helper()
+	var st struct{ Counters []vm.Counters }
+	if err := json.Unmarshal([]byte(l.virtlet("inspect", "--json", name)), &st); err != nil {
+		l.t.Fatal(err)
+	}
+	if len(st.Counters) == 0 {
+		l.t.Fatalf("no counters of %s", name)
+	}
+	d := st.Counters[0].Dropped
+	maps.DeleteFunc(d, func(_ podnet.Reason, c podnet.Counter) bool { return c.Packets == 0 })
+	return d
 }
 
 // resident gives the resident memory of a process in KiB.
@@ -347,6 +421,30 @@ func TestBootOnTwoNetworks(t *testing.T) {
 		}
 	}
 	l.virtlet("rm", "-f", "router")
+}
+
+// A pod without any IPv4.
+func TestBootOnIPv6Alone(t *testing.T) {
+	l := newLab(t)
+	conf := t.TempDir()
+	list := fmt.Sprintf(`{"cniVersion":"1.0.0","name":"six","plugins":[{"type":"bridge","bridge":"br-six","isGateway":true,"mtu":1400,
+		"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"2001:db8:6::/64"}]],"routes":[{"dst":"::/0"}]}}]}`, filepath.Join(t.TempDir(), "ipam"))
+	if err := os.WriteFile(filepath.Join(conf, "six.conflist"), []byte(list), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	l.virtlet(l.run(conf, "virtlet.wait6 virtlet.no_dhcp", "-d", "--name", "six", "--dns", "2001:db8::53")...)
+	st, r := l.state("six"), l.report("six")
+	if len(st.Leases) != 0 || len(st.Leases6) != 1 {
+		t.Errorf("leases %+v, %+v", st.Leases, st.Leases6)
+	}
+	if n := r.NICs[0]; n.MAC != st.NICs[0].MAC.String() || n.MTU != 1400 {
+		t.Errorf("%s mtu %d, want %s mtu 1400", n.MAC, n.MTU, st.NICs[0].MAC)
+	}
+	same6(t, st, st.NICs[0], r.NICs[0])
+	if page := get(t, "["+testnet.Addr(t, st.NICs[0], 6).String()+"]"); page == "" {
+		t.Error("the guest has no page")
+	}
+	l.virtlet("rm", "-f", "six")
 }
 
 // A guest that still boots when its power button is pressed powers down once it can.
