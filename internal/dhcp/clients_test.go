@@ -23,7 +23,6 @@ type client struct {
 	reboots bool     // asks for its old address without discovery (INIT-REBOOT)
 	again   []string // further arguments for a client that does not remember its address
 	replug  bool     // remembers its address as long as it runs
-	bound   bool     // its socket is bound to the interface and needs no route
 	offlink bool     // sets the MTU of its routes, not of the link
 	small   bool     // accepts no message over 576 bytes
 	pieces  bool     // does not join the pieces of an option over 255 bytes
@@ -97,8 +96,8 @@ esac
 		},
 		signal: "USR2",
 		again:  []string{"-r", "198.51.100.2"},
-		bound:  true, small: true,
-		told: resolved,
+		small:  true,
+		told:   resolved,
 	},
 	{
 		name: "dhclient", program: "dhclient", pkg: "isc-dhcp-client",
@@ -150,7 +149,7 @@ RoutesToDNS=no
 			exec /lib/systemd/systemd-networkd
 		`},
 		signal:  "TERM",
-		reboots: true, replug: true, bound: true, pieces: true,
+		reboots: true, replug: true, pieces: true,
 		told: func(m *machine) told {
 			// Setting the name is systemd-hostnamed's, and resolv.conf is systemd-resolved's business.
 			var r told

@@ -255,7 +255,7 @@ func TestUdhcpcCalico(t *testing.T) {
 func TestUdhcpcWithoutGateway(t *testing.T) {
 	l := serve(t, nic.NIC{Name: "net1", MAC: mac, MTU: 1500, Addrs: prefixes("198.51.100.2/24")}, "")
 	p, env := l.udhcpc(t)
-	expect(t, env, map[string]string{"ip": "198.51.100.2", "router": "", "staticroutes": "", "serverid": "169.254.0.67"})
+	expect(t, env, map[string]string{"ip": "198.51.100.2", "router": "", "staticroutes": "169.254.0.67/32 0.0.0.0", "serverid": "169.254.0.67"})
 	l.renewed(t, p)
 	if l.server.Stats().ARPs == 0 {
 		t.Error("the guest did not ask for the server's MAC")

@@ -32,11 +32,9 @@
 // A guest renews by unicast to the server identifier. Where the NIC has an IPv4 gateway, that is the server identifier:
 // the guest resolves it as for any other traffic, the TAP's socket hears the frame whatever MAC it goes to, and the
 // filter on the TAP keeps it from the gateway. No address of the pod's subnet is taken, none can clash. Where the NIC
-// has no gateway it is 169.254.0.67, from the block that nobody may pick for itself (RFC 3927, section 2.1), and Server
-// answers ARP for it, toward the guest. A client that binds its socket to the interface reaches it there although no
-// route leads to it (Linux takes a destination without a route to be on the link of a bound socket); another one waits
-// for T2 and broadcasts (RFC 2131, section 4.4.5), which works everywhere. The guest gets no extra route for it: its
-// routes are the pod's.
+// has no gateway it is 169.254.0.67, from the block that nobody may pick for itself (RFC 3927, section 2.1); Server answers
+// ARP for it, toward the guest, and the lease has a route to it on the link, the one route that is not the pod's: without
+// it a client whose socket is not bound to the interface would not renew before T2.
 package dhcp
 
 import (
@@ -141,6 +139,10 @@ func (l *Lease) route(routes []nic.Route, note func(string, ...any)) {
 		if l.Server == linkLocalServer || r.IsDefault() {
 			l.Server = r.Gw
 		}
+	}
+	covered := slices.ContainsFunc(l.Routes, func(r nic.Route) bool { return r.OnLink() && r.Dst.Contains(l.Server) })
+	if l.Server == linkLocalServer && !covered {
+		l.Routes = slices.Insert(l.Routes, 0, nic.Route{Dst: netip.PrefixFrom(l.Server, 32)})
 	}
 }
 

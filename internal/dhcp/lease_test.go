@@ -105,7 +105,7 @@ var leaseCases = map[string]struct {
 	},
 	"no gateway": {
 		nic:  nic.NIC{Addrs: prefixes("10.77.0.2/24")},
-		want: Lease{Addr: netip.MustParsePrefix("10.77.0.2/24"), Server: linkLocalServer},
+		want: Lease{Addr: netip.MustParsePrefix("10.77.0.2/24"), Server: linkLocalServer, Routes: routes("169.254.0.67/32")},
 	},
 	"default route on the link": {
 		nic:  nic.NIC{Addrs: prefixes("10.77.0.2/32"), Routes: routes("0.0.0.0/0")},
@@ -113,11 +113,11 @@ var leaseCases = map[string]struct {
 	},
 	"gateway 0.0.0.0": {
 		nic:  nic.NIC{Addrs: prefixes("10.77.0.2/24"), Routes: routes("10.99.0.0/16 via 0.0.0.0")},
-		want: Lease{Addr: netip.MustParsePrefix("10.77.0.2/24"), Server: linkLocalServer, Routes: routes("10.99.0.0/16")},
+		want: Lease{Addr: netip.MustParsePrefix("10.77.0.2/24"), Server: linkLocalServer, Routes: routes("169.254.0.67/32", "10.99.0.0/16")},
 	},
 	"the guest is its own gateway": {
 		nic:  nic.NIC{Addrs: prefixes("10.77.0.2/24"), Routes: routes("10.99.0.0/16 via 10.77.0.2")},
-		want: Lease{Addr: netip.MustParsePrefix("10.77.0.2/24"), Server: linkLocalServer, Routes: routes("10.99.0.0/16 via 10.77.0.2")},
+		want: Lease{Addr: netip.MustParsePrefix("10.77.0.2/24"), Server: linkLocalServer, Routes: routes("169.254.0.67/32", "10.99.0.0/16 via 10.77.0.2")},
 	},
 	"two default routes": {
 		nic: nic.NIC{Addrs: prefixes("10.1.0.5/24"), Routes: []nic.Route{metric(route("0.0.0.0/0 via 10.1.0.9"), 200), metric(route("0.0.0.0/0 via 10.1.0.1"), 100)}},
@@ -136,7 +136,7 @@ var leaseCases = map[string]struct {
 	},
 	"more addresses than DHCP carries": {
 		nic:   nic.NIC{Addrs: prefixes("2001:db8::2/64", "10.1.0.5/24", "10.1.0.6/24", "203.0.113.9/28")},
-		want:  Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer},
+		want:  Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer, Routes: routes("169.254.0.67/32")},
 		notes: []string{"10.1.0.6/24", "203.0.113.9/28"},
 	},
 	"resolver": {
@@ -145,17 +145,17 @@ var leaseCases = map[string]struct {
 			Domain:  "lab.example.", Search: []string{"default.svc.cluster.local", "bad..name", "_tcp.example.", ".", longLabel + ".example", "-a.example", "$(reboot)"},
 			Options: []string{"ndots:5"},
 		}},
-		want: Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer, DNS: nic.DNS{
+		want: Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer, Routes: routes("169.254.0.67/32"), DNS: nic.DNS{
 			Servers: []netip.Addr{netip.MustParseAddr("10.96.0.10")}, Domain: "lab.example", Search: []string{"default.svc.cluster.local", "_tcp.example"},
 		}},
 		notes: []string{`"bad..name"`, `search domain ""`, longLabel, `"-a.example"`, `"$(reboot)"`, `"ndots:5"`},
 	},
-	"bad domain":         {nic: nic.NIC{Addrs: prefixes("10.1.0.5/24"), DNS: nic.DNS{Domain: "a b"}}, want: Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer}, notes: []string{`"a b"`}},
-	"bad host name":      {nic: nic.NIC{Addrs: prefixes("10.1.0.5/24")}, hostname: "vm_1", want: Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer}, notes: []string{`host name "vm_1"`}},
-	"too long host name": {nic: nic.NIC{Addrs: prefixes("10.1.0.5/24")}, hostname: longLabel, want: Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer}, notes: []string{longLabel}},
+	"bad domain":         {nic: nic.NIC{Addrs: prefixes("10.1.0.5/24"), DNS: nic.DNS{Domain: "a b"}}, want: Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer, Routes: routes("169.254.0.67/32")}, notes: []string{`"a b"`}},
+	"bad host name":      {nic: nic.NIC{Addrs: prefixes("10.1.0.5/24")}, hostname: "vm_1", want: Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer, Routes: routes("169.254.0.67/32")}, notes: []string{`host name "vm_1"`}},
+	"too long host name": {nic: nic.NIC{Addrs: prefixes("10.1.0.5/24")}, hostname: longLabel, want: Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer, Routes: routes("169.254.0.67/32")}, notes: []string{longLabel}},
 	"qualified host name": {
 		nic: nic.NIC{Addrs: prefixes("10.1.0.5/24")}, hostname: "vm.lab.example",
-		want: Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer, Hostname: "vm.lab.example"},
+		want: Lease{Addr: netip.MustParsePrefix("10.1.0.5/24"), Server: linkLocalServer, Routes: routes("169.254.0.67/32"), Hostname: "vm.lab.example"},
 	},
 	"IPv6 only":    {nic: nic.NIC{Addrs: prefixes("2001:db8::2/64")}, silent: true},
 	"no addresses": {silent: true},

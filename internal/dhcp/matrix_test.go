@@ -171,12 +171,7 @@ func (f *life) live() {
 	wait := func() {}
 	f.phase("first lease", start, func(sent []sentMessage) bool { return sent[0].MessageType() == dhcpv4.MessageTypeDiscover })
 	f.configured()
-	// A client with a socket of the interface's own needs no route to the server, others wait for T2 without one.
-	reached := f.client.bound || server != linkLocalServer ||
-		slices.ContainsFunc(f.server.Lease.Routes, func(r nic.Route) bool { return r.Dst.Contains(server) })
-	if reached {
-		f.phase("renewal by unicast at T1", wait, func(sent []sentMessage) bool { return requests(sent, server, own, none4) })
-	}
+	f.phase("renewal by unicast at T1", wait, func(sent []sentMessage) bool { return requests(sent, server, own, none4) })
 
 	f.phase("restart with the old address", func() { f.client.restart(f) }, func(sent []sentMessage) bool {
 		sent = slices.DeleteFunc(sent, func(m sentMessage) bool { return !m.ClientIPAddr.IsUnspecified() }) // from before
@@ -193,13 +188,11 @@ func (f *life) live() {
 	f.phase("rebinding by broadcast at T2", wait, func(sent []sentMessage) bool { return requests(sent, everybody4, own, none4) })
 	f.wire.unicast.Store(false)
 	f.configured()
-	if reached {
-		// RELEASE is a farewell that nobody repeats: the kernel has to know the server's MAC, or it goes with the address.
-		_, _ = f.guest.Run("ping", "-c", "1", "-W", "1", "-I", "eth0", server.String())
-		for attempts := 0; !f.released(3 * time.Second); attempts++ { // dhcpcd 9.4 misses a signal on a busy machine
-			if attempts == 10 {
-				f.t.Fatalf("no release; counters %+v", f.server.Stats())
-			}
+	// RELEASE is a farewell that nobody repeats: the kernel has to know the server's MAC, or it goes with the address.
+	_, _ = f.guest.Run("ping", "-c", "1", "-W", "1", "-I", "eth0", server.String())
+	for attempts := 0; !f.released(3 * time.Second); attempts++ { // dhcpcd 9.4 misses a signal on a busy machine
+		if attempts == 10 {
+			f.t.Fatalf("no release; counters %+v", f.server.Stats())
 		}
 	}
 	f.apart()

@@ -218,7 +218,7 @@ func TestReplyOptions(t *testing.T) {
 		{"no broadcast address of /32", calico, "\x1c", calicoLease},
 		{"our own options cannot be asked away", calico, "\x35\x36\x3d\x32\x37\x39\x00\xff", calicoLease},
 		{"asked for twice", calico, "\x1a\x1a", strings.Replace(calicoLease, " 51", " 26=05a0 51", 1)},
-		{"nor of /31, nor a router, nor an MTU of 0", pair, "\x1c\x03\x79\x1a", " 1=fffffffe 51=00015180 54=a9fe0043 58=0000a8c0 59=00012750"},
+		{"nor of /31, nor a router, nor an MTU of 0; a route to the server", pair, "\x1c\x03\x79\x1a", " 1=fffffffe 51=00015180 54=a9fe0043 58=0000a8c0 59=00012750 121=20a9fe004300000000"},
 		{"the search list stands in for the domain", pair, "\x0f", " 1=fffffffe 15=612e6578616d706c65 51=00015180 54=a9fe0043 58=0000a8c0 59=00012750"},
 		{"search list", pair, "\x77", " 1=fffffffe 51=00015180 54=a9fe0043 58=0000a8c0 59=00012750 119=0161076578616d706c6500c002"},
 		{"time servers, IPv4 ones", full(), "\x2a", strings.Replace(leaseOptions, " 51", " 42=c633647b 51", 1)},
