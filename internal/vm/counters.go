@@ -5,9 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/dhcp"
 	"github.com/virtlet/virtlet/internal/netns"
@@ -109,6 +112,9 @@ func (s Store) Counters(name string) ([]Counters, error) {
 		_ = conn.SetDeadline(time.Now().Add(countersTime))
 		return json.NewDecoder(conn).Decode(&all)
 	})
+	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) { // its servers have ended, and soon it has
+		err = errors.Join(err, ErrStopped)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("counters of VM %q: %w", name, err)
 	}

@@ -207,6 +207,13 @@ func TestLifeOfAVM(t *testing.T) {
 	if err := s.Remove(context.Background(), "life", false); !errors.Is(err, ErrRunning) {
 		t.Errorf("rm of a running VM: %v", err)
 	}
+	v.quiet() // as at the beginning of the end
+	for end := time.Now().Add(10 * time.Second); !errors.Is(err, ErrStopped) && time.Now().Before(end); time.Sleep(time.Millisecond) {
+		_, err = s.Counters("life")
+	}
+	if !errors.Is(err, ErrStopped) {
+		t.Errorf("counters while it ends: %v", err)
+	}
 	if err := v.Kill(); err != nil {
 		t.Fatal(err)
 	}
