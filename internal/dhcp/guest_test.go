@@ -49,7 +49,15 @@ func attach(t testing.TB, n nic.NIC) *lab {
 	}
 	l.port = ports[0]
 	l.guest = testnet.NewGuest(t, n, l.port.Taps[0])
+	l.ready()
 	return l
+}
+
+// ready waits until nothing that is sent is lost.
+func (l *lab) ready() {
+	for _, n := range []*testnet.Namespace{l.node.Namespace, l.pod, l.guest} {
+		n.Ready()
+	}
 }
 
 // serve is attach with a server that runs.

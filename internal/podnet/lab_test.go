@@ -10,9 +10,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
-	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
@@ -120,28 +118,13 @@ func observe(t testing.TB, n *testnet.Namespace) nic.Snapshot {
 // compares two observations calls it before each of them.
 func quiet(t testing.TB, n *testnet.Namespace) {
 	t.Helper()
+	n.Ready()
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-		if seen(t, n) && n.MustRun("ip", "-6", "addr", "show", "tentative") == "" {
+		if n.MustRun("ip", "-6", "addr", "show", "tentative") == "" {
 			return
 		}
 	}
 	t.Fatal("addresses stay tentative")
-}
-
-// seen says whether the link watch has caught up with every link that is up (netif_oper_up of the kernel).
-func seen(t testing.TB, n *testnet.Namespace) bool {
-	t.Helper()
-	links, err := netns.Dump(n.Link().LinkList)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, l := range links {
-		a := l.Attrs()
-		if a.RawFlags&unix.IFF_UP != 0 && a.OperState != netlink.OperUp && a.OperState != netlink.OperUnknown {
-			return false
-		}
-	}
-	return true
 }
 
 func TestMain(m *testing.M) {

@@ -13,10 +13,13 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/nic"
@@ -103,6 +106,32 @@ func (n *Namespace) Ping(to netip.Addr, args ...string) bool {
 		n.t.Logf("%s: ping %s: %v\n%s", n.Name, to, err, out)
 	}
 	return err == nil
+}
+
+// Ready waits until the kernel's link watch has caught up with links that are up, with all if none is named (netif_oper_up
+// of the kernel). A link that has just come up loses what is sent before.
+func (n *Namespace) Ready(names ...string) {
+	n.t.Helper()
+	for end := time.Now().Add(30 * time.Second); !n.ready(names); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			n.t.Fatalf("%s: links stay down:\n%s", n.Name, n.MustRun("ip", "-d", "link"))
+		}
+	}
+}
+
+func (n *Namespace) ready(names []string) bool {
+	links, err := netns.Dump(n.Link().LinkList)
+	check(n.t, err)
+	for _, l := range links {
+		a := l.Attrs()
+		if len(names) > 0 && !slices.Contains(names, a.Name) {
+			continue
+		}
+		if a.RawFlags&unix.IFF_UP != 0 && a.OperState != netlink.OperUp && a.OperState != netlink.OperUnknown {
+			return false
+		}
+	}
+	return true
 }
 
 // Sysctl sets a value below /proc/sys/net of the namespace.
@@ -192,6 +221,8 @@ func (n *Node) AddLink(t testing.TB, pod *Namespace, spec PodSpec) string {
 		r.LinkIndex = eth.Attrs().Index
 		check(t, p.RouteAdd(&r))
 	}
+	n.Ready(host)
+	pod.Ready(spec.Name)
 	return host
 }
 
