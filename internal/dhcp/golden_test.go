@@ -7,12 +7,10 @@ import (
 	"flag"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"testing"
 
-	diff "github.com/google/go-cmp/cmp"
 	"github.com/insomniacslk/dhcp/dhcpv4"
 )
 
@@ -87,20 +85,7 @@ func TestReplyTable(t *testing.T) {
 			fmt.Fprintf(&table, "    %-38s %s\n", row, outcomes[i])
 		}
 	}
-	const path = "testdata/replies.golden"
-	got := table.String() + bodies.String()
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if d := diff.Diff(string(want), got); d != "" {
-		t.Errorf("replies differ from %s (-update writes it again) -want +got:\n%s", path, d)
-	}
+	golden(t, "testdata/replies.golden", table.String()+bodies.String())
 }
 
 // annotate writes every byte of a reply down, with its place; only runs of zeros are counted.

@@ -63,7 +63,7 @@ func serve6(t testing.TB, n nic.NIC, interval time.Duration, gateways ...string)
 	l.server = &Server6{Lease: lease, Conn: conn, Uplink: up, Interval: interval}
 	l.guest = testnet.NewGuest(t, n, l.port.Taps[0])
 	l.ready()
-	stop := start6(t, l.server)
+	stop := start(t, l.server)
 	l.stop = func() {
 		if err := stop(); err != nil {
 			t.Errorf("Run: %v", err)

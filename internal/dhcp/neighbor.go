@@ -35,7 +35,7 @@ const (
 // ndValid does what RFC 4861 wants before anything is believed (sections 6.1.1, 7.1.1 and 7.1.2): hop limit, checksum,
 // code, length, and options that are whole.
 func (p *packet6) ndValid(least int) bool {
-	if p.proto != protoICMPv6 || p.hops != ndHopLimit || len(p.payload) < least || p.payload[1] != 0 || p.sum() != 0xffff {
+	if p.proto != protoICMPv6 || p.hops != ndHopLimit || len(p.payload) < least || p.payload[1] != 0 || p.sum() != sumOfSound {
 		return false
 	}
 	for o := p.payload[least:]; len(o) > 0; o = o[int(o[1])*ndUnit:] {

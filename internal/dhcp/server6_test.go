@@ -21,26 +21,6 @@ import (
 	"github.com/virtlet/virtlet/internal/nic"
 )
 
-// start6 runs s until the test ends, and gives a function that ends it before and gives its error.
-func start6(t testing.TB, s *Server6) (stop func() error) {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	var err error
-	go func() { defer close(done); err = s.Run(ctx) }()
-	stop = func() error {
-		cancel()
-		select {
-		case <-done:
-		case <-time.After(10 * time.Second):
-			t.Error("Run does not end")
-		}
-		return err
-	}
-	t.Cleanup(func() { _ = stop() })
-	return stop
-}
-
 // tapEnd stands for the packet socket on a TAP: whatever is written to it arrives at the guest.
 type tapEnd struct {
 	net.PacketConn
@@ -119,7 +99,7 @@ func TestServer6(t *testing.T) {
 	var log bytes.Buffer
 	l := full6()
 	s := &Server6{Lease: l, Conn: w.tap, Uplink: w.up, Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))}
-	stop := start6(t, s)
+	stop := start(t, s)
 	adverts := func(dst netip.Addr, lifetime uint16) {
 		t.Helper()
 		for i, r := range l.Routers {
@@ -202,7 +182,7 @@ func TestServer6Repeats(t *testing.T) {
 	l := full6()
 	l.Routers = l.Routers[:1]
 	s := &Server6{Lease: l, Conn: w.tap, Uplink: w.up, Interval: 10 * time.Millisecond}
-	start6(t, s)
+	start(t, s)
 	over, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
@@ -306,7 +286,7 @@ func TestLeftToTheNetwork(t *testing.T) {
 	for _, c := range []struct{ noDHCP, noRA bool }{{false, true}, {true, false}, {true, true}} {
 		w := newWire6(t)
 		s := &Server6{Lease: full6(), Conn: w.tap, Uplink: w.up, NoDHCP: c.noDHCP, NoRA: c.noRA}
-		stop := start6(t, s)
+		stop := start(t, s)
 		w.send(routerSolicit(t, netip.MustParseAddr("fe80::11:22ff:fe33:4455"), nil))
 		w.send(solicit)
 		for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {

@@ -31,7 +31,7 @@ func sockets(t testing.TB) (server, guest net.PacketConn) {
 }
 
 // start runs s until the test ends, and gives a function that ends it before and gives its error.
-func start(t testing.TB, s *Server) (stop func() error) {
+func start(t testing.TB, s interface{ Run(context.Context) error }) (stop func() error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})

@@ -91,21 +91,7 @@ func read(r *nftables.Rule) (out Rule, to string) {
 	return out, ""
 }
 
-// Counters sums up Rules by reason. A reason that a NIC's rules have is there, if with zeros; one that is missing is not
-// dropped for.
-func Counters(ns *netns.NS, joins []Join) (map[string]map[Reason]Counter, error) {
-	rules, err := Rules(ns, joins)
-	if err != nil {
-		return nil, err
-	}
-	all := map[string]map[Reason]Counter{}
-	for link, rs := range rules {
-		all[link] = Dropped(rs)
-	}
-	return all, nil
-}
-
-// Dropped sums up rules by reason.
+// Dropped sums up rules by reason. A reason that they have is there, if with zeros; one that is missing is not dropped for.
 func Dropped(rules []Rule) map[Reason]Counter {
 	all := map[Reason]Counter{}
 	for _, r := range rules {

@@ -21,7 +21,7 @@ import (
 // losses gives the packets of those counters that are not zero.
 func losses(t *testing.T, pod *testnet.Namespace, joins []Join) map[Reason]uint64 {
 	t.Helper()
-	all, err := Counters(pod.NS, joins)
+	all, err := droppedBy(pod.NS, joins)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +103,7 @@ func TestCountersFromAnotherProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ns.Close()
-	all, err := Counters(ns, w.a.rec.Joins)
+	all, err := droppedBy(ns, w.a.rec.Joins)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -101,7 +101,7 @@ func (w *wire) arrived(fromGuest bool, mark []byte) bool {
 
 func (w *wire) counters() map[Reason]Counter {
 	w.t.Helper()
-	all, err := Counters(w.pod.NS, w.a.rec.Joins)
+	all, err := droppedBy(w.pod.NS, w.a.rec.Joins)
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/vishvananda/netlink"
 
+	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
@@ -125,6 +126,19 @@ func quiet(t testing.TB, n *testnet.Namespace) {
 		}
 	}
 	t.Fatal("addresses stay tentative")
+}
+
+// droppedBy gives what the rules of every NIC have dropped, by the name of its link.
+func droppedBy(ns *netns.NS, joins []Join) (map[string]map[Reason]Counter, error) {
+	rules, err := Rules(ns, joins)
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]map[Reason]Counter{}
+	for link, rs := range rules {
+		all[link] = Dropped(rs)
+	}
+	return all, nil
 }
 
 func TestMain(m *testing.M) {

@@ -48,18 +48,34 @@ func newConsole(s Store, name string, guest net.Conn) (*console, error) {
 	if err := c.begin(); err != nil {
 		return nil, err
 	}
-	err := inDir(s.run(name), func(dir string) (err error) {
-		c.accept, err = net.Listen("unix", filepath.Join(dir, consoleSocket))
-		return err
-	})
-	if err != nil {
+	var err error
+	if c.accept, err = s.listen(name, consoleSocket); err != nil {
 		c.file.Close()
 		return nil, fmt.Errorf("listen for the console: %w", err)
 	}
-	c.accept.(*net.UnixListener).SetUnlinkOnClose(false) // the path it knows is gone; the directory's end is the socket's
 	c.pump.Go(c.listen)
 	c.pump.Go(c.serve)
 	return c, nil
+}
+
+// listen makes a socket of a VM, and dial connects to it.
+func (s Store) listen(name, socket string) (l net.Listener, err error) {
+	err = inDir(s.run(name), func(dir string) (err error) {
+		l, err = net.Listen("unix", filepath.Join(dir, socket))
+		return err
+	})
+	if err == nil {
+		l.(*net.UnixListener).SetUnlinkOnClose(false) // the path it knows is gone; the directory's end is the socket's
+	}
+	return l, err
+}
+
+func (s Store) dial(name, socket string) (conn net.Conn, err error) {
+	err = inDir(s.run(name), func(dir string) (err error) {
+		conn, err = net.Dial("unix", filepath.Join(dir, socket))
+		return err
+	})
+	return conn, err
 }
 
 // inDir calls do with a short path of dir: a socket's path is at most 107 bytes (unix(7)), wherever dir is.
@@ -224,11 +240,7 @@ func (s Store) Attach(name string) (net.Conn, error) {
 	if st.Status != Running {
 		return nil, fmt.Errorf("console of VM %q: %w: it is %s; `virtlet logs %[1]s` shows what it said", name, ErrStopped, st.Status)
 	}
-	var conn net.Conn
-	err = inDir(s.run(name), func(dir string) (err error) {
-		conn, err = net.Dial("unix", filepath.Join(dir, consoleSocket))
-		return err
-	})
+	conn, err := s.dial(name, consoleSocket)
 	if err != nil {
 		return nil, fmt.Errorf("console of VM %q: %w", name, err)
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -35,15 +34,10 @@ const (
 
 // tellCounters answers on the counters' socket until ctx ends.
 func (v *VM) tellCounters(ctx context.Context) error {
-	var l net.Listener
-	err := inDir(v.store.run(v.cfg.Name), func(dir string) (err error) {
-		l, err = net.Listen("unix", filepath.Join(dir, countersSocket))
-		return err
-	})
+	l, err := v.store.listen(v.cfg.Name, countersSocket)
 	if err != nil {
 		return fmt.Errorf("listen for who asks for counters: %w", err)
 	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false) // as with the console's
 	context.AfterFunc(ctx, func() { l.Close() })
 	v.serve.Go(func() error {
 		for {
@@ -103,15 +97,12 @@ func (s Store) Counters(name string) ([]Counters, error) {
 		return nil, fmt.Errorf("counters of VM %q: %w: it is %s", name, ErrStopped, st.Status)
 	}
 	var all []Counters
-	err = inDir(s.run(name), func(dir string) error {
-		conn, err := net.Dial("unix", filepath.Join(dir, countersSocket))
-		if err != nil {
-			return err
-		}
+	conn, err := s.dial(name, countersSocket)
+	if err == nil {
 		defer conn.Close()
 		_ = conn.SetDeadline(time.Now().Add(countersTime))
-		return json.NewDecoder(conn).Decode(&all)
-	})
+		err = json.NewDecoder(conn).Decode(&all)
+	}
 	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) { // its servers have ended, and soon it has
 		err = errors.Join(err, ErrStopped)
 	}
