@@ -72,8 +72,8 @@ func TestNothingOfAnHonestGuestIsDropped(t *testing.T) {
 					t.Errorf("node does not reach %s", to)
 				}
 			}
-			transfer(t, guest.Namespace, node.Namespace, gw4.Addr(), 1e6)
-			transfer(t, guest.Namespace, node.Namespace, gw6.Addr(), 1e6)
+			testnet.Transfer(t, guest.Namespace, node.Namespace, gw4.Addr(), 1e6)
+			testnet.Transfer(t, guest.Namespace, node.Namespace, gw6.Addr(), 1e6)
 			got := losses(t, pod, a.rec.Joins)
 			if got[GuestRS] == 0 {
 				t.Error("no router solicitation: was the guest's IPv6 off?")

@@ -2,11 +2,8 @@ package podnet
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
-	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -84,42 +81,6 @@ func newBigGuest(t testing.TB, n nic.NIC, p *Port) *bigGuest {
 	return g
 }
 
-// transfer sends random bytes over TCP from one namespace to an address in the other, and compares what arrives.
-func transfer(t *testing.T, from, to *testnet.Namespace, addr netip.Addr, size int64) {
-	t.Helper()
-	var l *net.TCPListener
-	var c *net.TCPConn
-	at := net.TCPAddrFromAddrPort(netip.AddrPortFrom(addr, 0))
-	to.Must(func() (err error) { l, err = net.ListenTCP("tcp", at); return err })
-	defer l.Close()
-	from.Must(func() (err error) { c, err = net.DialTCP("tcp", nil, l.Addr().(*net.TCPAddr)); return err })
-	defer c.Close()
-	end := time.Now().Add(60 * time.Second)
-	got, sent := sha256.New(), sha256.New()
-	done := make(chan error, 1)
-	go func() {
-		in, err := l.Accept()
-		if err == nil {
-			defer in.Close()
-			in.SetDeadline(end)
-			_, err = io.Copy(got, in)
-		}
-		done <- err
-	}()
-	c.SetDeadline(end)
-	random := rand.NewChaCha8([32]byte{byte(size)})
-	if n, err := io.Copy(io.MultiWriter(c, sent), io.LimitReader(random, size)); err != nil {
-		t.Fatalf("sent %d of %d bytes: %v", n, size, err)
-	}
-	c.CloseWrite()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-	if string(got.Sum(nil)) != string(sent.Sum(nil)) {
-		t.Error("other bytes arrived than were sent")
-	}
-}
-
 func TestMTUs(t *testing.T) {
 	for _, mtu := range []int{1450, 9000, 65521} { // 65521: a TAP's largest, 65535 less an Ethernet header
 		t.Run(fmt.Sprint(mtu), func(t *testing.T) {
@@ -159,13 +120,13 @@ func TestTCPArrivesWhole(t *testing.T) {
 			guest := newBigGuest(t, a.nics[0], a.ports[0])
 			guest.Configure(a.nics[0])
 			const size = 50e6
-			transfer(t, guest.Namespace, node.Namespace, gw4.Addr(), size)
+			testnet.Transfer(t, guest.Namespace, node.Namespace, gw4.Addr(), size)
 			if !guest.Ping(gw6.Addr()) {
 				t.Error("IPv6 is lost")
 			}
-			transfer(t, guest.Namespace, node.Namespace, gw6.Addr(), size/5)
-			transfer(t, node.Namespace, guest.Namespace, ip4.Addr(), size)
-			transfer(t, node.Namespace, guest.Namespace, ip6.Addr(), size/5)
+			testnet.Transfer(t, guest.Namespace, node.Namespace, gw6.Addr(), size/5)
+			testnet.Transfer(t, node.Namespace, guest.Namespace, ip4.Addr(), size)
+			testnet.Transfer(t, node.Namespace, guest.Namespace, ip6.Addr(), size/5)
 			if n := guest.longest.Load(); n < 4*1450 {
 				t.Errorf("the guest's longest frame had %d bytes: segmentation was not left to the host, which was the point", n)
 			}
@@ -182,7 +143,7 @@ func TestTCPArrivesWhole(t *testing.T) {
 				if tries == 32 {
 					t.Fatalf("one of %d queues carried everything", shape.queues)
 				}
-				transfer(t, node.Namespace, guest.Namespace, ip4.Addr(), 1e3)
+				testnet.Transfer(t, node.Namespace, guest.Namespace, ip4.Addr(), 1e3)
 			}
 		})
 	}

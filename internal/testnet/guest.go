@@ -18,6 +18,14 @@ import (
 func NewGuest(t testing.TB, n nic.NIC, tap *os.File) *Namespace {
 	t.Helper()
 	g := New(t, "guest")
+	g.Plug(n, tap)
+	return g
+}
+
+// Plug gives a guest a NIC, as NewGuest does.
+func (g *Namespace) Plug(n nic.NIC, tap *os.File) {
+	t := g.t
+	t.Helper()
 	var f *os.File
 	g.Must(func() error {
 		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
@@ -64,7 +72,6 @@ func NewGuest(t testing.TB, n nic.NIC, tap *os.File) *Namespace {
 		<-done
 		<-done
 	})
-	return g
 }
 
 // Configure gives the guest's link the addresses and routes of the NIC, as its DHCP client would.
