@@ -11,10 +11,10 @@ GUEST = $$(go run ./test/guest/build)
 VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 .NOTPARALLEL: # the tests want the machine to themselves
-.PHONY: help setup build plugins guest demo test lint bench install uninstall clean
+.PHONY: help setup build plugins guest demo test lab-table lint bench install uninstall clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: ## install the Debian packages and the Go that are missing
 	@hack/setup.sh
@@ -35,6 +35,12 @@ demo: setup build plugins ## boot a VM on a CNI network and fetch a page from it
 
 test: setup build plugins ## run every check and test
 	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh
+
+lab-table: setup build plugins ## run all labs of CNI plugins and write their table to docs/networking.md
+	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh lab -update
+
+lab-%: setup build plugins ## run the lab of one CNI plugin: make lab-flannel
+	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh lab -v -run '(?i)^Test$*'
 
 lint: ## run the checks without the tests
 	@hack/lint.sh

@@ -40,10 +40,11 @@ var edges = map[string][]string{
 	"test":               nil,
 	"test/guest":         nil,
 	"test/guest/build":   nil,
+	"test/lab":           nil,
 }
 
 // testOnly are packages that nothing but tests, and they themselves, may import or be part of.
-var testOnly = []string{"internal/testnet", "test", "test/guest", "test/guest/build"}
+var testOnly = []string{"internal/testnet", "test", "test/guest", "test/guest/build", "test/lab"}
 
 // guarded are imports that have one place: the first row whose prefix fits says who may have them outside of tests.
 var guarded = []struct {

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Runs the checks, the tests and every fuzz target for FUZZTIME (60s), or what the arguments for `go test` say. The tests
-# find what the Makefile built by VIRTLET_BIN, VIRTLET_CNI_BIN and VIRTLET_GUEST.
+# Runs the checks, the tests and every fuzz target for FUZZTIME (60s), or what the arguments for `go test` say; with "lab" in
+# front of them in the labs of CNI plugins alone. The tests find what the Makefile built by VIRTLET_BIN, VIRTLET_CNI_BIN
+# and VIRTLET_GUEST.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export VIRTLET_BIN=${VIRTLET_BIN:-$PWD/bin/virtlet} VIRTLET_CNI_BIN=${VIRTLET_CNI_BIN:-$PWD/bin/cni}
 
-# Two packages at once: the tests boot guests and measure time-outs on real kernels, which a crowd would disturb.
+if [ "${1-}" = lab ]; then
+	exec go test -count=1 -timeout 30m ./test/lab "${@:2}"
+fi
 if [ $# -gt 0 ]; then
 	exec go test -p 1 -timeout 30m "$@" ./...
 fi
@@ -16,5 +19,6 @@ if [ "$(id -u)" != 0 ]; then
 fi
 # Ratios of times say something without the race detector only, and while nothing else runs.
 go test -count=1 -run Cost ./internal/podnet
+# Two packages at once: the tests boot guests and measure time-outs on real kernels, which a crowd would disturb.
 go test -race -count=1 -p 2 -timeout 30m ./...
 exec hack/fuzz.sh

@@ -20,9 +20,17 @@ const isolated = "VIRTLET_TEST_ISOLATED"
 // Isolate is for a TestMain: it runs the tests in a process whose network namespace stands for the node, with nothing
 // but a loopback in it, and with a directory of named namespaces of its own. What such tests start - plugins, QEMU, the
 // real binary - can neither reach nor change the machine's network. Without root the tests run as they are, to skip.
-func Isolate(m *testing.M) {
+// It ends the process, after the functions that get the exit code and give another.
+func Isolate(m *testing.M, after ...func(code int) int) {
+	run := func() {
+		code := m.Run()
+		for _, f := range after {
+			code = f(code)
+		}
+		os.Exit(code)
+	}
 	if os.Geteuid() != 0 {
-		os.Exit(m.Run())
+		run()
 	}
 	if os.Getenv(isolated) == "" {
 		os.Exit(again())
@@ -31,7 +39,7 @@ func Isolate(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "isolate the tests:", err)
 		os.Exit(1)
 	}
-	os.Exit(m.Run())
+	run()
 }
 
 // again runs this program with the same arguments in namespaces of its own, and gives its exit code.

@@ -1,0 +1,174 @@
+package lab
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/virtlet/virtlet/internal/testnet"
+)
+
+// The columns of the table: what is tried on a plugin's network.
+const (
+	ping      = "ping"
+	tcp       = "TCP"
+	wholeMTU  = "DF at MTU"
+	hostPort  = "hostPort"
+	secondNIC = "second NIC"
+	crossNode = "cross-node"
+)
+
+var columns = []string{ping, tcp, wholeMTU, hostPort, secondNIC, crossNode}
+
+// How a plugin was there.
+const (
+	real     = "real"
+	replayed = "replayed"
+)
+
+// row is what was seen on the networks of one plugin.
+type row struct {
+	plugin, how, families string
+	seen                  map[string]bool
+	failed                bool
+}
+
+// results are the rows of a run.
+type results struct {
+	mu      sync.Mutex
+	rows    []*row
+	skipped bool
+}
+
+var table results
+
+// tested gives the row for a plugin and "v4", "v6" or "dual". Tests may share one; a failed or skipped one spoils it.
+func tested(t *testing.T, plugin, how, families string) *row {
+	t.Helper()
+	table.mu.Lock()
+	defer table.mu.Unlock()
+	i := slices.IndexFunc(table.rows, func(r *row) bool { return r.plugin == plugin && r.how == how && r.families == families })
+	if i < 0 {
+		table.rows = append(table.rows, &row{plugin: plugin, how: how, families: families, seen: map[string]bool{}})
+		i = len(table.rows) - 1
+	}
+	r := table.rows[i]
+	t.Cleanup(func() {
+		table.mu.Lock()
+		defer table.mu.Unlock()
+		r.failed = r.failed || t.Failed()
+		table.skipped = table.skipped || t.Skipped()
+	})
+	return r
+}
+
+// mark says that something was seen to work. It has no effect in a test that has failed by then.
+func (r *row) mark(t *testing.T, column string) {
+	t.Helper()
+	table.mu.Lock()
+	defer table.mu.Unlock()
+	r.seen[column] = r.seen[column] || !t.Failed()
+}
+
+// talk tries all that a guest and another machine of its network do with each other, in both directions. mtu is that of
+// the way between them, in bytes; column is marked beside the common ones, if it is not empty.
+func (r *row) talk(t *testing.T, guest *testnet.Namespace, own netip.Addr, peer *testnet.Namespace, to netip.Addr, mtu int, column string) {
+	t.Helper()
+	for _, way := range []struct {
+		from, to *testnet.Namespace
+		addr     netip.Addr
+	}{{guest, peer, to}, {peer, guest, own}} {
+		if !way.from.Ping(way.addr) {
+			t.Fatalf("%s does not reach %s", way.from.Name, way.addr)
+		}
+		testnet.Transfer(t, way.from, way.to, way.addr, 300_000)
+	}
+	if !guest.Ping(to, "-M", "do", "-s", strconv.Itoa(mtu-headers(to))) {
+		t.Errorf("a packet of the whole MTU of %d bytes does not reach %s", mtu, to)
+	}
+	// One byte more fits nowhere: the guest's own link knows that, or the packet was not of the whole MTU.
+	if out, err := guest.Run("ping", "-c", "1", "-W", "1", "-M", "do", "-s", strconv.Itoa(mtu-headers(to)+1), to.String()); err == nil {
+		t.Errorf("a packet of more than the MTU of %d bytes reaches %s:\n%s", mtu, to, out)
+	}
+	for _, c := range []string{ping, tcp, wholeMTU, column} {
+		if c != "" {
+			r.mark(t, c)
+		}
+	}
+}
+
+// headers are what an echo request has in front of its data: 20 bytes of IPv4 or 40 of IPv6, and 8 of ICMP.
+func headers(to netip.Addr) int {
+	if to.Is4() {
+		return 28
+	}
+	return 48
+}
+
+const (
+	docs       = "../../docs/networking.md"
+	tableBegin = "<!-- what follows is written by `make lab-table` -->\n"
+	tableEnd   = "<!-- end -->\n"
+)
+
+// markdown gives the table; a cell is empty where the plugin has no such thing or it was not tried.
+func (t *results) markdown() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	rows := slices.DeleteFunc(slices.Clone(t.rows), func(r *row) bool { return r.failed || len(r.seen) == 0 })
+	slices.SortFunc(rows, func(a, b *row) int {
+		return cmp.Or(cmp.Compare(a.how, b.how), cmp.Compare(a.plugin, b.plugin), cmp.Compare(order(a.families), order(b.families)))
+	})
+	var s strings.Builder
+	fmt.Fprintf(&s, "| plugin | | | %s |\n|---|---|---|%s\n", strings.Join(columns, " | "), strings.Repeat("---|", len(columns)))
+	for _, r := range rows {
+		fmt.Fprintf(&s, "| %s | %s | %s |", r.plugin, r.how, r.families)
+		for _, c := range columns {
+			if r.seen[c] {
+				s.WriteString(" yes |")
+			} else {
+				s.WriteString(" |")
+			}
+		}
+		s.WriteString("\n")
+	}
+	return s.String()
+}
+
+func order(families string) int { return slices.Index([]string{"v4", "v6", "dual"}, families) }
+
+// compare says whether the table in the documentation is that of this run, and writes it there if it is told to.
+func (t *results) compare(write bool) error {
+	if t.skipped {
+		return nil // said by the tests; what they would have seen is not known
+	}
+	b, err := os.ReadFile(docs)
+	if err != nil {
+		return err
+	}
+	before, rest, ok := strings.Cut(string(b), tableBegin)
+	old, after, ok2 := strings.Cut(rest, tableEnd)
+	if !ok || !ok2 {
+		return fmt.Errorf("%s has no place for the table: it is between %q and %q", docs, tableBegin, tableEnd)
+	}
+	now := t.markdown()
+	switch {
+	case old == now:
+		return nil
+	case write:
+		return os.WriteFile(docs, []byte(before+tableBegin+now+tableEnd+after), 0o644)
+	}
+	return errors.New("the table in docs/networking.md is not that of this run (`make lab-table` writes it); the run's:\n" + now)
+}
+
+// each gives the families of a row.
+func each(families string) []int {
+	return map[string][]int{"v4": {4}, "v6": {6}, "dual": {4, 6}}[families]
+}
