@@ -186,25 +186,6 @@ func (r *Runtime) Del(ctx context.Context, a Attachment) error {
 	return errors.Join(errs...)
 }
 
-// Check runs CHECK of every plugin against the result of ADD. It is [ErrUnsupported] before CNI 0.4.0, and nil without
-// a check for a list that sets disableCheck. While a guest has the address, reference plugins report it as missing.
-func (r *Runtime) Check(ctx context.Context, a Attachment) error {
-	cached, mine := r.lookup(a)
-	n, rt, err := r.open("CHECK", cached)
-	if err != nil {
-		return err
-	}
-	if !atLeast(n.Version, "0.4.0") {
-		return a.errorf("CHECK", "%w: it is %s, and CHECK came with 0.4.0", ErrUnsupported, n.Version)
-	}
-	if !mine {
-		return a.errorf("CHECK", "%w: the cache has no result of ADD", ErrNotAttached)
-	}
-	ctx, cancel := withLimit(ctx, r.timeout())
-	defer cancel()
-	return plain("CHECK", n, r.libcni(r.runner(n, "CHECK"), r.CacheDir).CheckNetworkList(ctx, n.list, rt))
-}
-
 // GC runs Del for every cached attachment of n that is not in keep, and then GC of every plugin, which frees what
 // belongs to none of keep. So keep must hold all attachments of the network on this machine, whoever made them. It is
 // [ErrUnsupported] before CNI 1.1.0, and does nothing for a list that sets disableGC.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -235,6 +236,40 @@ func TestReferencePlugins(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// Somebody takes the interface's MAC and addresses away, as virtlet does; and then what the plugin made on the node.
+func TestCheckEach(t *testing.T) {
+	for _, version := range []string{"0.4.0", "1.0.0", "1.1.0"} {
+		t.Run(version, func(t *testing.T) {
+			l := newLab(t)
+			n := l.bridgeNet(t, version, []string{"198.51.100.0/24", "2001:db8:100::/64"}, "portmap", "tuning")
+			a := n.Attachment("pod-1", l.pod.Path(), "eth0")
+			l.add(t, a)
+			now := func(r *types100.Result) {
+				r.Interfaces[2].Mac, r.IPs, r.Routes = "02:00:00:00:00:99", nil, nil
+			}
+			check := func(want string) {
+				t.Helper()
+				var verdicts []Verdict
+				l.node.Must(func() (err error) { verdicts, err = l.CheckEach(t.Context(), a, now); return err })
+				var got []string
+				for _, v := range verdicts {
+					got = append(got, fmt.Sprintf("%s %t %t", v.Plugin, v.Err == nil, v.Moved))
+				}
+				if got := strings.Join(got, ", "); got != want {
+					t.Errorf("got %s, want %s: %+v", got, want, verdicts)
+				}
+			}
+			check("bridge true false, portmap true false, tuning true false")
+			l.pod.MustRun("ip", "link", "set", "eth0", "address", "02:00:00:00:00:99")
+			l.pod.MustRun("ip", "addr", "flush", "dev", "eth0")
+			check("bridge false true, portmap true false, tuning true false")
+			l.node.MustRun("ip", "link", "del", "cni0")
+			check("bridge false false, portmap true false, tuning true false")
+			l.del(t, a)
+		})
 	}
 }
 
