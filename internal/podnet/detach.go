@@ -196,6 +196,9 @@ func kernelAddr(a nic.Addr) *netlink.Addr {
 		ValidLft: int(a.ValidLft), PreferedLft: int(a.PrefLft),
 	}
 	switch {
+	case a.Prefix.Addr().Is6():
+		// It was nobody else's a moment ago. While the kernel looks, no route can have it as its source.
+		out.Flags |= unix.IFA_F_NODAD
 	case a.Broadcast.IsValid():
 		out.Broadcast = a.Broadcast.AsSlice()
 	case a.Prefix.Addr().Is4():

@@ -81,8 +81,8 @@ func snapshot(ns *netns.NS, links []netlink.Link, addrs []netlink.Addr, routes [
 	})
 }
 
-// passing are address flags that come and go by themselves.
-const passing = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_OPTIMISTIC
+// passing are address flags that come and go by themselves, and one that tells of the adding alone (Detach sets it).
+const passing = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED | unix.IFA_F_OPTIMISTIC | unix.IFA_F_NODAD
 
 func address(a netlink.Addr) nic.Addr {
 	out := nic.Addr{

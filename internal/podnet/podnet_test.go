@@ -197,6 +197,28 @@ func TestDetachRestoresExactly(t *testing.T) {
 }
 
 // Next hops that are not one gateway of the route's own family are seen as what they are.
+// A route may have an address as its source only when the kernel knows that nobody else has it. The ptp plugin makes such.
+func TestDetachRestoresRoutesWithASource(t *testing.T) {
+	node := testnet.NewNode(t, gw4, gw6)
+	pod := testnet.New(t, "pod") // with duplicate address detection
+	node.AddLink(t, pod, testnet.PodSpec{MAC: mac, Addrs: []netip.Prefix{ip4, ip6}})
+	for _, r := range []string{"2001:db8:100::1/128", "::/0 via 2001:db8:100::1"} {
+		args := append([]string{"-6", "route", "add"}, strings.Fields(r)...)
+		pod.MustRun("ip", append(args, "dev", "eth0", "src", ip6.Addr().String())...)
+	}
+	quiet(t, pod)
+	a := attach(t, pod, Options{})
+	for range 2 {
+		if err := Detach(pod.NS, a.rec); err != nil {
+			t.Fatal(err)
+		}
+		quiet(t, pod)
+		if diff := cmp.Diff(a.before, observe(t, pod), settled); diff != "" {
+			t.Errorf("-before +after:\n%s", diff)
+		}
+	}
+}
+
 func TestObserveNextHops(t *testing.T) {
 	t.Parallel()
 	node := testnet.NewNode(t, gw4, gw6)

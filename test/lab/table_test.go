@@ -104,6 +104,17 @@ func (r *row) talk(t *testing.T, guest *testnet.Namespace, own netip.Addr, peer 
 	}
 }
 
+// port80 publishes a VM's port 80 as 8080.
+var port80 = []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}
+
+// published tries port80 from the world behind the node.
+func (r *row) published(t *testing.T, v *vm, world *testnet.Namespace, family int) {
+	t.Helper()
+	listen, by := netip.AddrPortFrom(v.addr(t, 0, family), 80), netip.AddrPortFrom(uplink[family], 8080)
+	testnet.TransferBy(t, world, v.guest, listen, by, 300_000)
+	r.mark(t, hostPort)
+}
+
 // headers are what an echo request has in front of its data: 20 bytes of IPv4 or 40 of IPv6, and 8 of ICMP.
 func headers(to netip.Addr) int {
 	if to.Is4() {
