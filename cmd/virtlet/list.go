@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -125,13 +126,22 @@ func ports(st vm.State) []string {
 }
 
 func (a *app) inspectCmd() *cobra.Command {
-	var rules bool
+	var rules, check bool
 	cmd := a.withJSON(&cobra.Command{
-		Use: "inspect [--rules] NAME", Short: "Show all that is known of a VM", Args: args(cobra.ExactArgs(1)),
+		Use: "inspect [--rules] [--check] NAME", Short: "Show all that is known of a VM", Args: args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.vmNames,
-		Long:              "Shows a VM's configuration, what its networks answered, its NICs with TAP and bridge, its leases, what was dropped and why, and QEMU's command line.",
-		Example:           "  virtlet inspect web\n  virtlet inspect --rules web\n  virtlet inspect --json web | jq '.counters[].dropped'",
-		RunE: func(_ *cobra.Command, names []string) error {
+		Long: `Shows a VM's configuration, what its networks answered, its NICs with TAP and bridge, its leases, what was dropped and
+why, and QEMU's command line. With --check it asks the CNI plugins of a running VM instead whether all is as they made it
+(CNI CHECK), and looks at the joins to the guest. Plugins miss the MAC and the addresses that the guest has; that is told
+apart from what is wrong, for which the exit code is 1.`,
+		Example: "  virtlet inspect web\n  virtlet inspect --rules web\n  virtlet inspect --check web\n  virtlet inspect --json web | jq '.counters[].dropped'",
+		RunE: func(cmd *cobra.Command, names []string) error {
+			if check && rules {
+				return usage(cmd, errors.New("--check shows no rules: leave out one of --check and --rules"))
+			}
+			if check {
+				return a.checkNetworks(cmd.Context(), names[0])
+			}
 			st, err := a.store.Get(names[0])
 			if err != nil {
 				return err
@@ -155,7 +165,45 @@ func (a *app) inspectCmd() *cobra.Command {
 		},
 	})
 	cmd.Flags().BoolVar(&rules, "rules", false, "show the filters too: what they look for, and how often they found it")
+	cmd.Flags().BoolVar(&check, "check", false, "ask the CNI plugins whether all is as they made it (CNI CHECK)")
 	return cmd
+}
+
+// checkNetworks shows what every plugin has to say. What is wrong is the error.
+func (a *app) checkNetworks(ctx context.Context, name string) error {
+	checks, err := a.store.CheckNetworks(ctx, name)
+	if errors.Is(err, vm.ErrStopped) || errors.Is(err, vm.ErrNotFound) {
+		return err
+	}
+	if a.json {
+		if checks == nil {
+			checks = []vm.NetworkCheck{}
+		}
+		return errors.Join(err, a.printJSON(checks))
+	}
+	w := tabwriter.NewWriter(a.out, 0, 0, 2, ' ', 0)
+	for _, c := range checks {
+		if c.Skipped != "" {
+			fmt.Fprintf(w, "%s\t%s\t-\tnot checked: %s\n", c.Network, c.IfName, c.Skipped)
+		}
+		for _, p := range c.Plugins {
+			verdict := "in order"
+			switch {
+			case p.Moved:
+				verdict = "in order; it misses what the guest has: " + p.Error
+			case p.Error != "":
+				verdict = "wrong: " + p.Error
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", c.Network, c.IfName, p.Plugin, verdict)
+		}
+	}
+	if len(checks) == 0 {
+		fmt.Fprintln(w, "-\t-\t-\tnot checked: somebody else has configured the namespace")
+	}
+	if err == nil {
+		fmt.Fprintln(w, "-\t-\tvirtlet\tin order: the guest is joined as it was")
+	}
+	return errors.Join(err, w.Flush())
 }
 
 func printState(out io.Writer, st vm.State, counters []vm.Counters, rules bool) error {

@@ -28,10 +28,11 @@ func (r *Runtime) Check(ctx context.Context, a Attachment) error {
 	return errors.Join(errs...)
 }
 
-// CheckEach runs CHECK of every plugin against the result of ADD, and of those that fail again against what now makes of
-// it, if that is given: the result as the namespace has it now. It gives a verdict for each, in the order of the list. It
-// is [ErrUnsupported] before CNI 0.4.0 and [ErrNotAttached] without a result of ADD, and has no verdicts on a list that
-// sets disableCheck.
+// CheckEach runs CHECK of every plugin against the result of ADD, and gives a verdict for each, in the order of the list.
+// Where the first fails, which makes the interface, its CHECK runs again against what now makes of the result, if that is
+// given: the result as the namespace has it now. (Later ones look at the node, and without addresses they would find
+// nothing to look for.) It is [ErrUnsupported] before CNI 0.4.0 and [ErrNotAttached] without a result of ADD, and has no
+// verdicts on a list that sets disableCheck.
 func (r *Runtime) CheckEach(ctx context.Context, a Attachment, now func(added *types100.Result)) ([]Verdict, error) {
 	cached, mine := r.lookup(a)
 	n, rt, err := r.open("CHECK", cached)
@@ -61,9 +62,9 @@ func (r *Runtime) CheckEach(ctx context.Context, a Attachment, now func(added *t
 	ctx, cancel := withLimit(ctx, r.timeout())
 	defer cancel()
 	var verdicts []Verdict
-	for _, p := range n.list.Plugins {
+	for i, p := range n.list.Plugins {
 		v := Verdict{Plugin: p.Network.Type, Err: r.check(ctx, n, p, rt, added)}
-		if v.Err != nil && moved != nil {
+		if i == 0 && v.Err != nil && moved != nil {
 			v.Moved = r.check(ctx, n, p, rt, moved) == nil
 		}
 		verdicts = append(verdicts, v)

@@ -1,0 +1,47 @@
+package podnet
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/virtlet/virtlet/internal/netns"
+)
+
+// Check says what is not any more as Attach left it: links that are gone, down, not joined, or have another MAC or an
+// address again, and filters that somebody removed. It changes nothing. nil: all is as it was.
+func Check(ns *netns.NS, rec Record) error {
+	now, err := Observe(ns)
+	if err != nil {
+		return err
+	}
+	rules, err := Rules(ns, rec.Joins)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, j := range rec.Joins {
+		bad := func(is bool, format string, a ...any) {
+			if is {
+				errs = append(errs, fmt.Errorf("%s is not joined to the guest as it was: %w", j.Link, fmt.Errorf(format, a...)))
+			}
+		}
+		was, link := rec.Snapshot.Link(j.Link), now.Link(j.Link)
+		if was == nil || link == nil || link.Index != was.Index {
+			bad(true, "the link is gone, or another has its name")
+			continue
+		}
+		for _, name := range []string{j.Link, j.Bridge, j.Tap} {
+			l := now.Link(name)
+			if l == nil {
+				bad(true, "%s is gone", name)
+				continue
+			}
+			bad(!l.Up, "%s is down", name)
+			bad(name != j.Bridge && l.Master != j.Bridge, "%s is a port of %q, not of %q", name, l.Master, j.Bridge)
+		}
+		bad(link.MAC != j.Own, "its MAC is %s, not %s", link.MAC, j.Own)
+		bad(len(link.Addrs) > 0, "it has addresses again, which are the guest's")
+		bad(len(rules[j.Link]) == 0, "its filters are gone")
+	}
+	return errors.Join(errs...)
+}
