@@ -6,7 +6,6 @@ set -euo pipefail
 self=$(sha256sum <"$0")
 cd "$1"
 
-
 key=$(basename "$PWD")-$(printf '%s\n' "$(go env GOVERSION GOARCH)" "$(cat go.mod go.sum)" "$self" | sha256sum | cut -c1-12)
 cache=${VIRTLET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/virtlet}/tools
 mkdir -p "$cache"

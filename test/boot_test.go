@@ -359,32 +359,7 @@ func resident(t *testing.T, pid int) (kib int) {
 // type_ types a line at a guest's console and gives what the console says until it is done.
 func (l *lab) type_(name, line string) string {
 	l.t.Helper()
-	cmd := l.command("console", name)
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	defer in.Close()
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		l.t.Fatal(err)
-	}
-	defer func() { in.Close(); cmd.Process.Kill(); cmd.Wait() }()
-	time.AfterFunc(time.Minute, func() { cmd.Process.Kill() })
-	fmt.Fprintf(in, "%s; echo do''ne $?\n", line) // the echo of the line itself does not say "done"
-	var said []byte
-	buf := make([]byte, 4096)
-	for !bytes.Contains(said, []byte("\ndone ")) {
-		n, err := out.Read(buf)
-		said = append(said, buf[:n]...)
-		if err != nil {
-			l.t.Fatalf("console of %s after %q: %v: %q", name, line, err, said)
-		}
-	}
-	return string(said)
+	return guest.Type(l.t, l.command("console", name), line)
 }
 
 func TestBootOnTwoNetworks(t *testing.T) {

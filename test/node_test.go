@@ -16,6 +16,8 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
+
+	"github.com/virtlet/virtlet/internal/testnet"
 )
 
 // node is a machine of its own as far as a script can tell: new network and mount namespaces, which live as long as one
@@ -172,15 +174,7 @@ func programs(t *testing.T) string {
 			t.Fatal(err)
 		}
 	}
-	real := filepath.Join(bin, "real", "virtlet")
-	cmd := exec.Command("go", "build", "-o", real, "github.com/virtlet/virtlet/cmd/virtlet")
-	if given := os.Getenv("VIRTLET_BIN"); given != "" {
-		cmd = exec.Command("install", "-D", given, real)
-	}
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v: %s", cmd, err, out)
-	}
+	testnet.Virtlet(t, filepath.Join(bin, "real"))
 	return bin
 }
 

@@ -69,3 +69,18 @@ var plugins = sync.OnceValues(func() (string, error) {
 	}
 	return dir, nil
 })
+
+// Virtlet puts the command virtlet into a directory: the one that VIRTLET_BIN names, or one that is built.
+func Virtlet(t testing.TB, dir string) string {
+	t.Helper()
+	path := filepath.Join(dir, "virtlet")
+	cmd := exec.Command("go", "build", "-o", path, "github.com/virtlet/virtlet/cmd/virtlet")
+	if given := os.Getenv("VIRTLET_BIN"); given != "" {
+		cmd = exec.Command("install", "-D", given, path)
+	}
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v: %s", cmd, err, out)
+	}
+	return path
+}

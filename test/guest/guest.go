@@ -22,6 +22,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // Report is the state of a guest as it sees itself.
@@ -143,4 +144,36 @@ func Artifacts(t testing.TB) (kernel, initrd, cmdline string) {
 		t.Fatalf("find test guest: %v; run `make guest`", err)
 	}
 	return kernel, initrd, strings.TrimSpace(string(line))
+}
+
+// Type types a line at the console of a guest that has reported, and gives what the console says until that is done. console
+// is a command that joins it to its standard input and output.
+func Type(t testing.TB, console *exec.Cmd, line string) string {
+	t.Helper()
+	in, err := console.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	out, err := console.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := console.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { in.Close(); console.Process.Kill(); console.Wait() }()
+	limit := time.AfterFunc(time.Minute, func() { console.Process.Kill() })
+	defer limit.Stop()
+	fmt.Fprintf(in, "%s; echo do''ne $?\n", line) // the echo of the line itself does not say "done"
+	var said []byte
+	buf := make([]byte, 4096)
+	for !bytes.Contains(said, []byte("\ndone ")) {
+		n, err := out.Read(buf)
+		said = append(said, buf[:n]...)
+		if err != nil {
+			t.Fatalf("console after %q: %v: %q", line, err, said)
+		}
+	}
+	return string(said)
 }
