@@ -19,6 +19,10 @@ if [ "$(id -u)" != 0 ]; then
 fi
 # Ratios of times say something without the race detector only, and while nothing else runs.
 go test -count=1 -run Cost ./internal/podnet
+# The labs' programs are built before, for the same reason.
+for module in test/lab/*/go.mod; do
+	hack/tools.sh "$(dirname "$module")" >/dev/null
+done
 # Two packages at once: the tests boot guests and measure time-outs on real kernels, which a crowd would disturb.
 go test -race -count=1 -p 2 -timeout 30m ./...
 exec hack/fuzz.sh

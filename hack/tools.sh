@@ -4,13 +4,12 @@
 # builds at once do no harm.
 set -euo pipefail
 self=$(sha256sum <"$0")
-cd "$1"
-
-key=$(basename "$PWD")-$(printf '%s\n' "$(go env GOVERSION GOARCH)" "$(cat go.mod go.sum)" "$self" | sha256sum | cut -c1-12)
 cache=${VIRTLET_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/virtlet}/tools
 mkdir -p "$cache"
 cache=$(realpath "$cache")
 
+cd "$1"
+key=$(basename "$PWD")-$(printf '%s\n' "$(go env GOVERSION GOARCH)" "$(cat go.mod go.sum)" "$self" | sha256sum | cut -c1-12)
 if [ ! -d "$cache/$key" ]; then
 	mapfile -t tools < <(go list tool)
 	if [ ${#tools[@]} = 0 ]; then
