@@ -239,12 +239,12 @@ func TestFlannel(t *testing.T) {
 // test tries VMs on both nodes, a pod beside one, and the nodes themselves.
 func (f *flannel) test(t *testing.T, r *row, version, families string) {
 	home, away := f.nodes[0], f.nodes[1]
-	request := home.flannelConf(t, version)
-	pod := home.addPod(t, request)
-	request.caps = map[string]any{
+	published := home.flannelConf(t, version)
+	pod := home.addPod(t, published)
+	published.caps = map[string]any{
 		"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}},
 	}
-	a, b := home.start(t, request), away.start(t, away.flannelConf(t, version))
+	a, b := home.start(t, published), away.start(t, away.flannelConf(t, version))
 	if got := a.nics[0].MTU; got != f.pod {
 		t.Errorf("the guest has MTU %d, not flannel's %d", got, f.pod)
 	}
@@ -253,11 +253,11 @@ func (f *flannel) test(t *testing.T, r *row, version, families string) {
 		r.talk(t, a.guest, own, b.guest, b.addr(t, 0, family), f.way[family], crossNode)
 		r.talk(t, a.guest, own, pod.Namespace, pod.addr(t, "eth0", family), f.pod, "")
 
-		// The other node comes to the VM by its address and by the port of its node; the VM comes there, masqueraded.
+		// The other node comes to the VM by its address and by the port of its node; the VM comes there.
 		testnet.Transfer(t, away.Namespace, a.guest, own, 300_000)
 		testnet.Transfer(t, a.guest, away.Namespace, underlay[1][family], 300_000)
-		published := netip.AddrPortFrom(underlay[0][family], 8080)
-		testnet.TransferBy(t, away.Namespace, a.guest, netip.AddrPortFrom(own, 80), published, 300_000)
+		by := netip.AddrPortFrom(underlay[0][family], 8080)
+		testnet.TransferBy(t, away.Namespace, a.guest, netip.AddrPortFrom(own, 80), by, 300_000)
 		r.mark(t, hostPort)
 	}
 }
