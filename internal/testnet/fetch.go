@@ -15,8 +15,18 @@ var fetched = struct {
 	dirs map[string]string
 }{dirs: map[string]string{}}
 
+// online is a command with the network of the machine, which [Isolate] has taken from the tests: it may have to download.
+func online(name string, args ...string) *exec.Cmd {
+	if os.Getenv(isolated) == "" {
+		return exec.Command(name, args...)
+	}
+	// The process that was before Isolate is still there, and waits.
+	net := fmt.Sprintf("--net=/proc/%d/ns/net", os.Getppid())
+	return exec.Command("nsenter", append([]string{net, name}, args...)...)
+}
+
 // Fetch runs a script of hack/ that fetches or builds something, if it is not in the cache, and prints the directory that it
-// is in. The script has the network of the machine, which [Isolate] has taken from the tests.
+// is in.
 func Fetch(t testing.TB, script string, args ...string) string {
 	t.Helper()
 	NeedRoot(t)
@@ -29,12 +39,7 @@ func Fetch(t testing.TB, script string, args ...string) string {
 	root, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
 	check(t, err)
 	dir := strings.TrimSpace(string(root))
-	cmd := exec.Command(filepath.Join(dir, "hack", script), args...)
-	if os.Getenv(isolated) != "" {
-		// The process that was before Isolate is still there, and waits.
-		net := fmt.Sprintf("--net=/proc/%d/ns/net", os.Getppid())
-		cmd = exec.Command("nsenter", append([]string{net}, cmd.Args...)...)
-	}
+	cmd := online(filepath.Join(dir, "hack", script), args...)
 	var stderr strings.Builder
 	cmd.Dir, cmd.Stderr = dir, &stderr
 	out, err := cmd.Output()

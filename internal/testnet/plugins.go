@@ -30,7 +30,7 @@ var plugins = sync.OnceValues(func() (string, error) {
 		return filepath.Abs(dir)
 	}
 	const module = "github.com/containernetworking/plugins"
-	version, err := exec.Command("go", "list", "-m", "-f", "{{.Version}}", module).Output()
+	version, err := online("go", "list", "-m", "-f", "{{.Version}}", module).Output()
 	if err != nil {
 		return "", fmt.Errorf("version of %s: %w", module, err)
 	}
@@ -57,7 +57,7 @@ var plugins = sync.OnceValues(func() (string, error) {
 	} {
 		args = append(args, module+"/plugins/"+p)
 	}
-	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
+	if out, err := online("go", args...).CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the reference plugins: %w\n%s", err, out)
 	}
 	if err := os.Chmod(tmp, 0o755); err != nil {
@@ -74,7 +74,7 @@ var plugins = sync.OnceValues(func() (string, error) {
 func Virtlet(t testing.TB, dir string) string {
 	t.Helper()
 	path := filepath.Join(dir, "virtlet")
-	cmd := exec.Command("go", "build", "-o", path, "github.com/virtlet/virtlet/cmd/virtlet")
+	cmd := online("go", "build", "-o", path, "github.com/virtlet/virtlet/cmd/virtlet")
 	if given := os.Getenv("VIRTLET_BIN"); given != "" {
 		cmd = exec.Command("install", "-D", given, path)
 	}
