@@ -64,7 +64,6 @@ while read -r program package _; do
 	[ -e "$program" ] || command -v "$program" >/dev/null || missing+=("$package")
 done < <(needed)
 [ ${#missing[@]} = 0 ] || add "${missing[@]}"
-"$(dirname "$0")/etcd.sh" >/dev/null # the labs' etcd, which is not to be installed
 
 # Go 1.21 and later fetch the version that go.mod asks for by themselves; older ones do not understand go.mod.
 want=$(sed -n 's/^go \([0-9.]*\)$/\1/p' "$(dirname "$0")/../go.mod")

@@ -23,6 +23,7 @@ go test -count=1 -run Cost ./internal/podnet
 for module in test/lab/*/go.mod; do
 	hack/tools.sh "$(dirname "$module")" >/dev/null
 done
+hack/etcd.sh >/dev/null
 # Two packages at once: the tests boot guests and measure time-outs on real kernels, which a crowd would disturb.
 go test -race -count=1 -p 2 -timeout 30m ./...
 exec hack/fuzz.sh
