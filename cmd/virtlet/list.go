@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -130,7 +131,7 @@ func (a *app) inspectCmd() *cobra.Command {
 	cmd := a.withJSON(&cobra.Command{
 		Use: "inspect [--rules] [--check] NAME", Short: "Show all that is known of a VM", Args: args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.vmNames,
-		Long: `Shows a VM's configuration, what its networks answered, its NICs with TAP and bridge, its leases, what was dropped and
+		Long: `Shows a VM's configuration, what its networks answered, its NICs and how they are joined, its leases, what was dropped and
 why, and QEMU's command line. With --check it asks the CNI plugins of a running VM instead whether all is as they made it
 (CNI CHECK), and looks at the joins to the guest. Plugins miss the MAC and the addresses that the guest has; that is told
 apart from what is wrong, for which the exit code is 1.`,
@@ -262,7 +263,7 @@ func printState(out io.Writer, st vm.State, counters []vm.Counters, rules bool) 
 			if p.Vhost {
 				vhost = "vhost-net"
 			}
-			row("", "TAP %s, bridge %s, %s, %s", p.Tap, p.Bridge, count(p.Queues, "queue"), vhost)
+			row("", "TAP %s, %s, %s, %s", p.Tap, datapath(p), count(p.Queues, "queue"), vhost)
 		}
 	}
 	for _, l := range st.Leases {
@@ -304,12 +305,27 @@ func printCounters(row func(string, string, ...any), c vm.Counters, rules bool) 
 		return
 	}
 	for _, r := range c.Rules {
-		if r.Action == "drop" {
-			row("rule", "%s: %s: drop, %s (%s)", r.Hook, r.Match, count(int(r.Packets), "frame"), r.Reason)
-		} else {
-			row("rule", "%s: %s: %s", r.Hook, r.Match, r.Action)
+		match := cmp.Or(r.Match, "every frame")
+		switch {
+		case r.Reason != "":
+			row("rule", "%s: %s: %s, %s (%s)", r.Hook, match, r.Action, count(int(r.Packets), "frame"), r.Reason)
+		case r.To != "":
+			row("rule", "%s: %s: %s to %s", r.Hook, match, r.Action, r.To)
+		default:
+			row("rule", "%s: %s: %s", r.Hook, match, r.Action)
 		}
 	}
+}
+
+// datapath says how a NIC's TAP is joined to its link.
+func datapath(p vm.PortState) string {
+	switch {
+	case p.Tap == p.Link:
+		return "as it was made"
+	case p.Bridge != "":
+		return "bridge " + p.Bridge
+	}
+	return fmt.Sprintf("%s to and from %s", p.Datapath, p.Link)
 }
 
 func join[T fmt.Stringer](all []T) string {

@@ -72,7 +72,7 @@ type NIC struct {
 	Addrs   []netip.Prefix `json:"addrs,omitempty"`
 	Routes  []Route        `json:"routes,omitempty"` // sorted: on-link before the routes that need them, defaults last
 	DNS     DNS            `json:"dns,omitzero"`
-	VF      *VF            `json:"vf,omitempty"` // nil: a veth, served through a TAP
+	VF      *VF            `json:"vf,omitempty"` // nil: served through a TAP
 }
 
 // Gateway gives the next hop of n's default route of the given family (4 or 6), or the zero Addr.

@@ -16,6 +16,7 @@ import (
 // Attachment is one CNI network that configured the namespace.
 type Attachment struct {
 	Network string           // CNI network name
+	Plugin  string           // type of the network's first plugin, which makes the interface; "" where unknown
 	IfName  string           // CNI_IFNAME of the ADD: eth0
 	Result  *types100.Result // of version 1.x, converted if need be; nil where only the namespace is known
 }
@@ -58,6 +59,9 @@ var pciAddress = regexp.MustCompile(`^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0
 //
 // Errors: a result names an interface that is not there; an interface is of a kind that no guest can be joined to; a
 // link without a usable MAC or MTU; nothing is left ([ErrNoInterface]).
+//
+// Of a TAP that is the port of a bridge, the bridge and its other ports are the way to the network, and no interfaces of
+// the guest.
 func Plan(as []Attachment, snap Snapshot) (nics []NIC, notes []string, err error) {
 	p := newPlanner(snap)
 	nics, err = p.plan(as)
@@ -174,10 +178,12 @@ func (p *planner) arrange(as []Attachment) error {
 	for _, l := range p.links {
 		switch idle := !l.Up && len(l.Addrs) == 0; {
 		case p.drafts[l.Name] != nil:
+		case p.behind(l) != "":
+			p.note("interface %s is left to the namespace: it leads to the guest's %s", quote(l.Name), quote(p.behind(l)))
 		case !served(l) && idle:
 			left = append(left, quote(l.Name))
 			if !fallbackKinds[l.Kind] {
-				p.note("interface %s is left out: it is a %s, down, without addresses, and no CNI result names it", quote(l.Name), quote(l.Kind))
+				p.note("interface %s is left out: it is a %s, down, without addresses, and no CNI result names it", quote(l.Name), l.what())
 			}
 		default:
 			d, err := p.take(nil, l)
@@ -192,7 +198,7 @@ func (p *planner) arrange(as []Attachment) error {
 		if len(left) > 0 {
 			has = "its loopback and what no guest can use: " + list(left)
 		}
-		return fmt.Errorf("%w: it has %s; let a CNI plugin that makes a veth configure it first, and see that the plugin's ADD succeeded", ErrNoInterface, has)
+		return fmt.Errorf("%w: it has %s; let a CNI plugin for Ethernet (bridge, ptp, macvlan, Calico, Flannel ...) configure it first, and see that the plugin's ADD succeeded", ErrNoInterface, has)
 	}
 	return nil
 }
@@ -265,7 +271,7 @@ func (p *planner) claimLast(c *claim) error {
 	}
 	var free []*Link
 	for _, l := range p.links {
-		if p.drafts[l.Name] == nil && served(l) {
+		if p.drafts[l.Name] == nil && served(l) && p.behind(l) == "" {
 			free = append(free, l)
 		}
 	}
@@ -298,12 +304,12 @@ func (p *planner) missing(c *claim, who, name string) error {
 func (p *planner) take(c *claim, l *Link) (*draft, error) {
 	network, where := "", fmt.Sprintf("interface %s (no CNI result names it)", quote(l.Name))
 	if c != nil {
-		network, where = c.Network, fmt.Sprintf("network %s: interface %s", quote(c.Network), quote(l.Name))
+		network, where = c.Network, fmt.Sprintf("network %s%s: interface %s", quote(c.Network), c.plugin(), quote(l.Name))
 	}
-	switch {
-	case !served(l):
-		return nil, fmt.Errorf("%s is of kind %s, which no guest can be joined to yet: use a CNI plugin that makes a veth (bridge, ptp, Calico, Flannel ...) or remove the interface from the pod", where, quote(l.Kind))
-	case l.Master != "":
+	if why := l.refused(); why != "" {
+		return nil, fmt.Errorf("%s is of kind %s, %s", where, l.what(), why)
+	}
+	if master := p.link(l.Master); l.Master != "" && !(l.isTap() && master != nil && master.Kind == "bridge") {
 		return nil, fmt.Errorf("%s is a port of %s already: another VM uses the namespace, or a killed one left it so (`virtlet gc` cleans up), or a program in the pod took it", where, quote(l.Master))
 	}
 	d := p.drafts[l.Name]
@@ -400,11 +406,6 @@ func (p *planner) note(format string, args ...any) {
 		p.notes = append(p.notes, s)
 	}
 }
-
-const busPCI = "pci" // the kernel's name of the bus in IFLA_PARENT_DEV_BUS_NAME
-
-// served says whether a guest can be given l: a veth through a TAP, a PCI function by passthrough.
-func served(l *Link) bool { return l.Kind == "veth" || l.ParentBus == busPCI }
 
 // quote makes a text from outside fit to be shown: bounded and without control characters.
 func quote(s string) string {

@@ -371,7 +371,7 @@ func TestPlanLinks(t *testing.T) {
 	mtu := func(n int) func(*Link) { return func(l *Link) { l.MTU = n } }
 	mac := func(m MAC) func(*Link) { return func(l *Link) { l.MAC = m } }
 	var rows []row
-	for _, k := range []string{"macvlan", "macvtap", "ipvlan", "vlan", "tun", "bridge", "dummy", "device", "netkit", "ipoib", "sit", ""} {
+	for _, k := range []string{"macvtap", "ipvtap", "ipvlan", "vlan", "tun", "bridge", "dummy", "device", "netkit", "ipoib", "sit", ""} {
 		l := other("net1", k)
 		rows = append(rows, row{
 			name: k + " that is up", links: []Link{eth0, l.with(func(l *Link) { l.Up = true })}, err: fmt.Sprintf(`interface "net1" (no CNI result names it) is of kind %q`, k),

@@ -21,12 +21,20 @@ func (s *Snapshot) Link(name string) *Link {
 
 // Link is one network device of the namespace.
 type Link struct {
-	Name   string `json:"name"`
-	Index  int    `json:"index"`
-	Kind   string `json:"kind"` // rtnetlink's IFLA_INFO_KIND: veth, macvlan, tun ...; "device" for a hardware device
-	MAC    MAC    `json:"mac"`
-	MTU    int    `json:"mtu"`
-	Up     bool   `json:"up"`
+	Name  string `json:"name"`
+	Index int    `json:"index"`
+	Kind  string `json:"kind"` // rtnetlink's IFLA_INFO_KIND: veth, macvlan, tun ...; "device" for a hardware device
+	// Mode says what a link of its kind does, in ip-link(8)'s words. macvlan: private, vepa, bridge, passthru, source;
+	// ipvlan: l2, l3, l3s; tun: tap, tun; netkit: l2, l3.
+	Mode string `json:"mode,omitempty"`
+	MAC  MAC    `json:"mac"`
+	MTU  int    `json:"mtu"`
+	Up   bool   `json:"up"`
+
+	AllMulti   bool `json:"allMulti,omitempty"`   // it takes every multicast frame: somebody set IFF_ALLMULTI
+	MultiQueue bool `json:"multiQueue,omitempty"` // of a TAP: it takes several queues, and no other descriptor
+	InUse      bool `json:"inUse,omitempty"`      // of a TAP: a process is known to hold it open
+
 	Master string `json:"master,omitempty"` // the bridge that the link is a port of
 	// ParentBus and ParentDev are rtnetlink's IFLA_PARENT_DEV_BUS_NAME and IFLA_PARENT_DEV_NAME: "pci", "0000:01:10.0".
 	ParentBus string            `json:"parentBus,omitempty"`

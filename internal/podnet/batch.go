@@ -56,11 +56,15 @@ func (b *batch) addChain(name string) {
 	b.add(unix.NFT_MSG_NEWCHAIN, attrs{}.text(unix.NFTA_CHAIN_TABLE, table.Name).text(unix.NFTA_CHAIN_NAME, name))
 }
 
-// addHook adds the chain of the frames that come in by a device.
-func (b *batch) addHook(device string) {
-	hook := attrs{}.u32(unix.NFTA_HOOK_HOOKNUM, unix.NF_NETDEV_INGRESS).u32(unix.NFTA_HOOK_PRIORITY, 0).text(unix.NFTA_HOOK_DEV, device)
-	b.add(unix.NFT_MSG_NEWCHAIN, attrs{}.text(unix.NFTA_CHAIN_TABLE, table.Name).text(unix.NFTA_CHAIN_NAME, hookChain(device)).
-		nest(unix.NFTA_CHAIN_HOOK, hook).text(unix.NFTA_CHAIN_TYPE, "filter"))
+// addHook adds the chain of a hook.
+func (b *batch) addHook(h hook) {
+	number := uint32(unix.NF_NETDEV_INGRESS)
+	if h.egress {
+		number = unix.NF_NETDEV_EGRESS
+	}
+	at := attrs{}.u32(unix.NFTA_HOOK_HOOKNUM, number).u32(unix.NFTA_HOOK_PRIORITY, 0).text(unix.NFTA_HOOK_DEV, h.device)
+	b.add(unix.NFT_MSG_NEWCHAIN, attrs{}.text(unix.NFTA_CHAIN_TABLE, table.Name).text(unix.NFTA_CHAIN_NAME, h.chain()).
+		nest(unix.NFTA_CHAIN_HOOK, at).text(unix.NFTA_CHAIN_TYPE, "filter"))
 }
 
 // addRule appends a rule to a chain; exprs are attributes NFTA_LIST_ELEM.
@@ -163,11 +167,27 @@ func mask(with []byte) attrs {
 		u32(unix.NFTA_BITWISE_LEN, uint32(len(with))).data(unix.NFTA_BITWISE_MASK, with).data(unix.NFTA_BITWISE_XOR, make([]byte, len(with))))
 }
 
+// setMeta sets a number that goes with the frame; load puts a number of the machine's order into the register.
+func setMeta(key, value uint32) attrs {
+	return join(load(value), expression("meta", attrs{}.u32(unix.NFTA_META_KEY, key).u32(unix.NFTA_META_SREG, register)))
+}
+
+func load(value uint32) attrs {
+	return expression("immediate", attrs{}.u32(unix.NFTA_IMMEDIATE_DREG, register).
+		data(unix.NFTA_IMMEDIATE_DATA, binary.NativeEndian.AppendUint32(nil, value)))
+}
+
+// forward hands the frame to a device, which sends it; the kernel clears its time stamp and takes it from all that follows.
+func forward(index int) attrs {
+	return join(load(uint32(index)), expression("fwd", attrs{}.u32(unix.NFTA_FWD_SREG_DEV, register)))
+}
+
 // Verdicts (linux/netfilter.h, linux/netfilter/nf_tables.h).
 const (
 	drop   = 0
 	accept = 1
 	jump   = unix.NFT_JUMP
+	follow = unix.NFT_GOTO // a jump without return
 )
 
 // How rules end.
@@ -176,7 +196,7 @@ var (
 	dropped = join(expression("counter", nil), verdict(drop, ""))
 )
 
-// verdict ends a rule; chain is where a jump leads.
+// verdict ends a rule; chain is where a jump leads, or a goto.
 func verdict(code int32, chain string) attrs {
 	v := attrs{}.u32(unix.NFTA_VERDICT_CODE, uint32(code))
 	if chain != "" {

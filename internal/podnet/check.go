@@ -30,17 +30,27 @@ func Check(ns *netns.NS, rec Record) error {
 			bad(true, "the link is gone, or another has its name")
 			continue
 		}
+		master, mac := j.Bridge, j.Own
+		if j.datapath() == AsItIs {
+			master = was.Master
+		}
+		if mac.IsZero() {
+			mac = was.MAC
+		}
 		for _, name := range []string{j.Link, j.Bridge, j.Tap} {
 			l := now.Link(name)
-			if l == nil {
+			switch {
+			case name == "":
+			case l == nil:
 				bad(true, "%s is gone", name)
-				continue
+			default:
+				bad(!l.Up, "%s is down", name)
+				bad(name != j.Bridge && l.Master != master, "%s is a port of %q, not of %q", name, l.Master, master)
 			}
-			bad(!l.Up, "%s is down", name)
-			bad(name != j.Bridge && l.Master != j.Bridge, "%s is a port of %q, not of %q", name, l.Master, j.Bridge)
 		}
-		bad(link.MAC != j.Own, "its MAC is %s, not %s", link.MAC, j.Own)
-		bad(len(link.Addrs) > 0, "it has addresses again, which are the guest's")
+		bad(link.MAC != mac, "its MAC is %s, not %s", link.MAC, mac)
+		bad(len(link.Addrs) > 0 && !j.KeepsAddrs, "it has addresses again, which are the guest's")
+		bad(j.datapath() == Redirected && !link.AllMulti, "it does not take every multicast group")
 		bad(len(rules[j.Link]) == 0, "its filters are gone")
 	}
 	return errors.Join(errs...)

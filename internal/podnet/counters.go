@@ -15,12 +15,22 @@ import (
 
 // Rule is a rule in force.
 type Rule struct {
-	Hook   string `json:"hook"`             // where it looks: "ingress vlttap0"
-	Match  string `json:"match"`            // as nft writes it
-	Action string `json:"action"`           // drop, or accept: the rules that follow do not look
+	Hook   string `json:"hook"`  // where it looks: "ingress vlttap0"
+	Match  string `json:"match"` // as nft writes it; "": every frame
+	Action Action `json:"action"`
+	To     string `json:"to,omitempty"`     // the device that a forward hands frames to
 	Reason Reason `json:"reason,omitempty"` // of a drop
 	Counter
 }
+
+// Action is what becomes of a frame that matches.
+type Action string
+
+const (
+	Drop    Action = "drop"
+	Accept  Action = "accept"  // the rules that follow do not look
+	Forward Action = "forward" // likewise, and another device sends it
+)
 
 // Counter is what was dropped.
 type Counter struct {
@@ -32,13 +42,16 @@ type Counter struct {
 func Rules(ns *netns.NS, joins []Join) (map[string][]Rule, error) {
 	all := map[string][]Rule{}
 	for _, j := range joins {
-		for _, device := range []string{j.Link, j.Tap} {
-			found, err := inForce(ns.Nftables(), hookChain(device))
+		for _, h := range j.hooks() {
+			found, err := inForce(ns.Nftables(), h.chain())
 			if err != nil {
-				return nil, fmt.Errorf("read the rules of %s: %w", device, err)
+				return nil, fmt.Errorf("read the rules of %s: %w", h.device, err)
 			}
 			for i := range found {
-				found[i].Hook = "ingress " + device
+				found[i].Hook = h.String()
+				if found[i].Action == Forward {
+					found[i].To = h.to
+				}
 			}
 			all[j.Link] = append(all[j.Link], found...)
 		}
@@ -80,11 +93,15 @@ func read(r *nftables.Rule) (out Rule, to string) {
 		case *expr.Counter:
 			out.Counter = Counter{e.Packets, e.Bytes}
 		case *expr.Verdict:
-			if e.Kind == expr.VerdictJump {
+			switch e.Kind {
+			case expr.VerdictJump:
 				return Rule{}, e.Chain
-			}
-			if out.Action = "accept"; e.Kind == expr.VerdictDrop {
-				out.Action = "drop"
+			case expr.VerdictGoto:
+				out.Action = Forward
+			case expr.VerdictDrop:
+				out.Action = Drop
+			default:
+				out.Action = Accept
 			}
 		}
 	}

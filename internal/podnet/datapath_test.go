@@ -36,7 +36,7 @@ func newBigGuest(t testing.TB, n nic.NIC, p *Port) *bigGuest {
 	t.Helper()
 	g := &bigGuest{Namespace: testnet.New(t, "guest"), read: make([]atomic.Int64, len(p.Taps))}
 	var mine []*os.File
-	g.Must(func() (err error) { mine, err = openTap(n.Name, len(p.Taps)); return err })
+	g.Must(func() (err error) { mine, err = openTap(n.Name, len(p.Taps), len(p.Taps) > 1); return err })
 	for _, f := range []*os.File{mine[0], p.Taps[0]} {
 		raw, err := f.SyscallConn()
 		if err != nil {
@@ -84,20 +84,21 @@ func newBigGuest(t testing.TB, n nic.NIC, p *Port) *bigGuest {
 func TestMTUs(t *testing.T) {
 	for _, mtu := range []int{1450, 9000, 65521} { // 65521: a TAP's largest, 65535 less an Ethernet header
 		t.Run(fmt.Sprint(mtu), func(t *testing.T) {
-			t.Parallel()
-			node := testnet.NewNode(t, gw4, gw6)
-			spec := dualStack()
-			spec.MTU = mtu
-			pod, _ := addPod(t, node, spec)
-			a := attach(t, pod, Options{})
-			guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
-			guest.Configure(a.nics[0])
-			const icmp4, icmp6 = 20 + 8, 40 + 8 // headers
-			for to, head := range map[netip.Addr]int{gw4.Addr(): icmp4, gw6.Addr(): icmp6} {
-				if !guest.Ping(to, "-M", "do", "-s", fmt.Sprint(mtu-head)) {
-					t.Errorf("a ping of %s with exactly the MTU is lost", to)
+			forLinkKinds(t, func(t *testing.T, kind string) {
+				node := testnet.NewNode(t, gw4, gw6)
+				spec := dualStack()
+				spec.MTU = mtu
+				pod, _ := addPodOf(t, kind, node, spec)
+				a := attach(t, pod, Options{})
+				guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
+				guest.Configure(a.nics[0])
+				const icmp4, icmp6 = 20 + 8, 40 + 8 // headers
+				for to, head := range map[netip.Addr]int{gw4.Addr(): icmp4, gw6.Addr(): icmp6} {
+					if !guest.Ping(to, "-M", "do", "-s", fmt.Sprint(mtu-head)) {
+						t.Errorf("a ping of %s with exactly the MTU is lost", to)
+					}
 				}
-			}
+			})
 		})
 	}
 }
@@ -110,41 +111,45 @@ func TestTCPArrivesWhole(t *testing.T) {
 		"one queue": {queues: 1}, "four queues": {queues: 4}, "checksums off on the veth": {queues: 1, txOff: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			node := testnet.NewNode(t, gw4, gw6)
-			pod, _ := addPod(t, node, dualStack())
-			if shape.txOff {
-				pod.Must(func() error { return checksumsOff("eth0") })
-			}
-			a := attach(t, pod, Options{Queues: shape.queues})
-			guest := newBigGuest(t, a.nics[0], a.ports[0])
-			guest.Configure(a.nics[0])
-			const size = 50e6
-			testnet.Transfer(t, guest.Namespace, node.Namespace, gw4.Addr(), size)
-			if !guest.Ping(gw6.Addr()) {
-				t.Error("IPv6 is lost")
-			}
-			testnet.Transfer(t, guest.Namespace, node.Namespace, gw6.Addr(), size/5)
-			testnet.Transfer(t, node.Namespace, guest.Namespace, ip4.Addr(), size)
-			testnet.Transfer(t, node.Namespace, guest.Namespace, ip6.Addr(), size/5)
-			if n := guest.longest.Load(); n < 4*1450 {
-				t.Errorf("the guest's longest frame had %d bytes: segmentation was not left to the host, which was the point", n)
-			}
-			busy := func() (n int) {
-				for i := range guest.read {
-					if guest.read[i].Load() > 0 {
-						n++
+			forLinkKinds(t, func(t *testing.T, kind string) {
+				if shape.txOff && kind != "veth" {
+					t.Skip("only of a veth is it switched off")
+				}
+				node := testnet.NewNode(t, gw4, gw6)
+				pod, _ := addPodOf(t, kind, node, dualStack())
+				if shape.txOff {
+					pod.Must(func() error { return checksumsOff("eth0") })
+				}
+				a := attach(t, pod, Options{Queues: shape.queues})
+				guest := newBigGuest(t, a.nics[0], a.ports[0])
+				guest.Configure(a.nics[0])
+				const size = 50e6
+				testnet.Transfer(t, guest.Namespace, node.Namespace, gw4.Addr(), size)
+				if !guest.Ping(gw6.Addr()) {
+					t.Error("IPv6 is lost")
+				}
+				testnet.Transfer(t, guest.Namespace, node.Namespace, gw6.Addr(), size/5)
+				testnet.Transfer(t, node.Namespace, guest.Namespace, ip4.Addr(), size)
+				testnet.Transfer(t, node.Namespace, guest.Namespace, ip6.Addr(), size/5)
+				if n := guest.longest.Load(); n < 4*1450 {
+					t.Errorf("the guest's longest frame had %d bytes: segmentation was not left to the host, which was the point", n)
+				}
+				busy := func() (n int) {
+					for i := range guest.read {
+						if guest.read[i].Load() > 0 {
+							n++
+						}
 					}
+					return n
 				}
-				return n
-			}
-			// The kernel spreads connections by a hash of their ports: a few may meet in one queue, many do not.
-			for tries := 0; shape.queues > 1 && busy() < 2; tries++ {
-				if tries == 32 {
-					t.Fatalf("one of %d queues carried everything", shape.queues)
+				// The kernel spreads connections by a hash of their ports: a few may meet in one queue, many do not.
+				for tries := 0; shape.queues > 1 && busy() < 2; tries++ {
+					if tries == 32 {
+						t.Fatalf("one of %d queues carried everything", shape.queues)
+					}
+					testnet.Transfer(t, node.Namespace, guest.Namespace, ip4.Addr(), 1e3)
 				}
-				testnet.Transfer(t, node.Namespace, guest.Namespace, ip4.Addr(), 1e3)
-			}
+			})
 		})
 	}
 }
@@ -169,10 +174,11 @@ func checksumsOff(link string) error {
 	return nil
 }
 
-func TestDetachUnderTraffic(t *testing.T) {
-	t.Parallel()
+func TestDetachUnderTraffic(t *testing.T) { forLinkKinds(t, testDetachUnderTraffic) }
+
+func testDetachUnderTraffic(t *testing.T, kind string) {
 	node := testnet.NewNode(t, gw4, gw6)
-	pod, _ := addPod(t, node, dualStack())
+	pod, _ := addPodOf(t, kind, node, dualStack())
 	quiet(t, pod)
 	a := attach(t, pod, Options{})
 	guest := newBigGuest(t, a.nics[0], a.ports[0])
@@ -207,9 +213,15 @@ func TestDetachUnderTraffic(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	for _, p := range a.ports {
+		p.Close()
+	}
 	quiet(t, pod)
 	if d := cmp.Diff(a.before, observe(t, pod), settled); d != "" {
 		t.Errorf("-before +after:\n%s", d)
+	}
+	if kind == "tap" {
+		return // whose addresses are nobody's while no guest is there
 	}
 	for _, to := range []netip.Addr{ip4.Addr(), ip6.Addr()} {
 		if !node.Ping(to) {

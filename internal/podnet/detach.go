@@ -62,6 +62,9 @@ func (k *kernel) removeLinks(rec Record) error {
 	var errs []error
 	for _, j := range rec.Joins {
 		for name, kind := range map[string]string{j.Bridge: "bridge", j.Tap: "tuntap"} {
+			if name == "" || name == j.Link {
+				continue
+			}
 			link, err := k.h.LinkByName(name)
 			if errors.As(err, &netlink.LinkNotFoundError{}) {
 				continue
@@ -95,6 +98,7 @@ func (k *kernel) restore(want, is *nic.Link) error {
 	try(is.Master != want.Master && is.Master != "", "leave bridge", func() error { return k.h.LinkSetNoMaster(link) })
 	try(is.MAC != want.MAC, "set MAC", func() error { return k.h.LinkSetHardwareAddr(link, want.MAC.HardwareAddr()) })
 	try(is.MTU != want.MTU, "set MTU", func() error { return k.h.LinkSetMTU(link, want.MTU) })
+	try(is.AllMulti && !want.AllMulti, "leave multicast groups", func() error { return k.h.LinkSetAllmulticastOff(link) })
 	try(true, "set sysctls", func() error { return writeSysctls(want.Sysctls) })
 	try(is.Up && !want.Up, "set down", func() error { return k.h.LinkSetDown(link) })
 	try(!is.Up && want.Up, "set up", func() error { return k.h.LinkSetUp(link) })

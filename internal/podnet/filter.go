@@ -3,6 +3,7 @@ package podnet
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
@@ -23,28 +24,107 @@ func (k *kernel) removeFilters() error {
 	return nil
 }
 
-// filters gives the rules at the two ends of every join, in front of the bridge. The hooks are netdev ingress ones: packet
-// sockets, and so our responders on the TAP, hear a frame before they do, and what is written to the TAP for the guest
-// does not pass them.
+// hook is where frames of a device meet rules.
+type hook struct {
+	device string
+	egress bool                         // those that go out by it, and not those that come in
+	rules  func(nic.NIC, Policy) []rule // for them
+	to     string                       // where those go that pass, by redirect; "": on, as without rules
+	marks  bool                         // and they get our mark before
+}
+
+// hooks gives those of a join: first toward the guest, then from it. They are netdev ingress ones: packet sockets, and so
+// our responders on the TAP, hear a frame before they do, and what is written to the TAP for the guest does not pass
+// them. Where the TAP is the link, what comes for the guest meets no other device of ours: there is a hook at its egress,
+// which lets pass what has our mark.
+func (j Join) hooks() []hook {
+	switch j.datapath() {
+	case AsItIs:
+		return []hook{{device: j.Tap, egress: true, rules: marked(clusterRules)}, {device: j.Tap, rules: guestRules}}
+	case Redirected:
+		all := []hook{{device: j.Link, rules: clusterRules, to: j.Tap}, {device: j.Tap, rules: guestRules, to: j.Link, marks: j.KeepsAddrs}}
+		if j.KeepsAddrs { // its stack would speak
+			all = append(all, hook{device: j.Link, egress: true, rules: marked(stackRules)})
+		}
+		return all
+	}
+	return []hook{{device: j.Link, rules: clusterRules}, {device: j.Tap, rules: guestRules}}
+}
+
+// filters gives the rules at the ends of every join, but for the forwards.
 func filters(joins []Join, nics []nic.NIC, policies map[string]Policy) *batch {
 	b := newBatch()
 	b.addTable()
 	for i, j := range joins {
-		p := policies[j.Link]
-		b.addHook(j.Link)
-		b.addRules(hookChain(j.Link), clusterRules(nics[i], p))
-		b.addHook(j.Tap)
-		b.addRules(hookChain(j.Tap), guestRules(nics[i], p))
+		for _, h := range j.hooks() {
+			b.addHook(h)
+			pass := passes
+			if h.to != "" {
+				b.addChain(h.forward())
+				pass = verdict(follow, h.forward())
+			}
+			b.addRules(h.chain(), h.rules(nics[i], policies[j.Link]), pass)
+			if h.to != "" {
+				b.addRule(h.chain(), pass, nil)
+			}
+		}
 	}
 	return b
 }
 
-// hookChain names the chain of the frames that come in by a device.
-func hookChain(device string) string { return "from-" + device }
+// addForwards adds what filters could not: the kernel wants the numbers of devices.
+func (b *batch) addForwards(j *joint) {
+	index := map[string]int{j.Join.Link: j.link.Index, j.Join.Tap: j.tapIndex}
+	for _, h := range j.Join.hooks() {
+		if h.to == "" {
+			continue
+		}
+		exprs := forward(index[h.to])
+		if h.marks {
+			exprs = join(setMeta(unix.NFT_META_MARK, ourMark), exprs)
+		}
+		b.addRule(h.forward(), exprs, nil)
+	}
+}
+
+// filterConfigs names what the kernel needs for the filters of the joins.
+func filterConfigs(joins []Join) []string {
+	needs := []string{"CONFIG_NF_TABLES_NETDEV", "CONFIG_NETFILTER_INGRESS"}
+	for _, j := range joins {
+		for _, h := range j.hooks() {
+			if h.to != "" && !slices.Contains(needs, "CONFIG_NFT_FWD_NETDEV") {
+				needs = append(needs, "CONFIG_NFT_FWD_NETDEV")
+			}
+			if h.egress && !slices.Contains(needs, "CONFIG_NETFILTER_EGRESS") {
+				needs = append(needs, "CONFIG_NETFILTER_EGRESS")
+			}
+		}
+	}
+	return needs
+}
+
+// chain names the chain of the hook.
+func (h hook) chain() string {
+	if h.egress {
+		return "to-" + h.device
+	}
+	return "from-" + h.device
+}
+
+// forward names the chain of the rule that redirects.
+func (h hook) forward() string { return h.chain() + "-forward" }
+
+// String is the hook in nft's words.
+func (h hook) String() string {
+	if h.egress {
+		return "egress " + h.device
+	}
+	return "ingress " + h.device
+}
 
 // addRules adds rules to a chain. Those in a row that begin alike go to a chain of their own, with one jump there: their
-// beginning is compared once, and each expression takes the kernel time to lay.
-func (b *batch) addRules(chain string, rules []rule) {
+// beginning is compared once, and each expression takes the kernel time to lay. pass is how a rule ends that drops nothing.
+func (b *batch) addRules(chain string, rules []rule, pass attrs) {
 	in, under := chain, (*group)(nil)
 	for _, r := range rules {
 		if r.under != under {
@@ -56,7 +136,7 @@ func (b *batch) addRules(chain string, rules []rule) {
 		}
 		end := dropped
 		if r.reason == "" {
-			end = passes
+			end = pass
 		}
 		b.addRule(in, join(r.match.exprs, end), r.words())
 	}

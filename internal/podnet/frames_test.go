@@ -43,10 +43,10 @@ type wire struct {
 	serial uint32
 }
 
-func newWire(t *testing.T, spec testnet.PodSpec, p Policy) *wire {
+func newWire(t *testing.T, kind string, spec testnet.PodSpec, p Policy) *wire {
 	t.Helper()
 	node := testnet.NewNode(t, gw4)
-	pod, host := addPod(t, node, spec)
+	pod, host := addPodOf(t, kind, node, spec)
 	quiet(t, pod)
 	w := &wire{t: t, node: node.Namespace, pod: pod, host: host}
 	w.a = attach(t, pod, Options{Policies: map[string]Policy{"eth0": p}})
@@ -135,7 +135,7 @@ func (w *wire) fate(t *testing.T, fromGuest bool, frame []byte) Reason {
 		}
 		return reason
 	}
-	t.Fatal("the frame neither arrives nor is counted")
+	t.Fatalf("the frame neither arrives nor is counted: %x", frame)
 	return ""
 }
 

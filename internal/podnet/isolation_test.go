@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -103,63 +104,77 @@ func provocations(t testing.TB, own net.HardwareAddr) map[string][]byte {
 func TestNamespaceIsSilent(t *testing.T) {
 	for name, withGuest := range map[string]bool{"with a guest": true, "nobody at the TAP": false} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			node := testnet.NewNode(t, gw4, gw6)
-			pod, host := addPod(t, node, dualStack())
-			// A link that stays the namespace's: its address must not be answered for on eth0.
-			node.AddLink(t, pod, testnet.PodSpec{Name: "net1", NoPort: true, Addrs: []netip.Prefix{netip.MustParsePrefix("203.0.113.5/24")}})
-			quiet(t, pod)
-			before := observe(t, pod)
-			a := attachFirst(t, pod, before)
-			wire := testnet.NewCapture(t, node.Namespace, host) // not before: the pod itself may have spoken until now
-			tap := testnet.NewCapture(t, pod, a.rec.Joins[0].Tap)
-			allowed := map[nic.MAC]bool{cluster: true}
-			for _, l := range observe(t, node.Namespace).Links {
-				allowed[l.MAC] = true
-			}
-			if withGuest {
-				guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
-				guest.Configure(a.nics[0])
-				allowed[mac] = true
-			}
-			awaitForwarding(t, node, host, tap)
-			for _, frame := range provocations(t, a.rec.Joins[0].Own.HardwareAddr()) {
-				node.Send(host, frame)
-			}
-			for _, addr := range []netip.Addr{ip4.Addr(), ip6.Addr()} {
-				if got := node.Ping(addr); got != withGuest {
-					t.Errorf("ping of %s answered: %v, want %v", addr, got, withGuest)
-				}
-			}
-			stranger := func(p gopacket.Packet) bool {
-				e, ok := p.Layer(layers.LayerTypeEthernet).(*layers.Ethernet)
-				return !ok || !allowed[nic.MAC(e.SrcMAC)]
-			}
-			// Long enough for delayed answers: MLD reports and router solicitations come within a second or so
-			// (RFC 3810, section 9.3; RFC 4861, section 10).
-			wire.Await(2500*time.Millisecond, stranger)
-			for where, c := range map[string]*testnet.Capture{"cluster": wire, "guest": tap} {
-				if got := c.Match(stranger); len(got) > 0 {
-					t.Errorf("%d frames of the namespace's own toward the %s:\n%s", len(got), where, testnet.Dump(got))
-				}
-			}
-			if len(wire.Frames()) == 0 || len(tap.Frames()) == 0 {
-				t.Error("the captures heard nothing at all")
-			}
-			// The same question is answered when the namespace is not silenced: the test can fail.
-			pod.Sysctl("ipv4/conf/all/arp_ignore", "0")
-			node.Send(host, question(t, cluster.HardwareAddr(), broadcast, "203.0.113.5"))
-			if !wire.Await(patience, stranger) {
-				t.Error("a namespace with arp_ignore off does not answer: the test proves nothing")
-			}
+			forLinkKinds(t, func(t *testing.T, kind string) { testNamespaceIsSilent(t, kind, withGuest) })
 		})
 	}
 }
 
-// attachFirst attaches the first NIC alone.
-func attachFirst(t testing.TB, pod *testnet.Namespace, before nic.Snapshot) attached {
+func testNamespaceIsSilent(t *testing.T, kind string, withGuest bool) {
+	node := testnet.NewNode(t, gw4, gw6)
+	pod, host := addPodOf(t, kind, node, dualStack())
+	// A link that stays the namespace's: its address must not be answered for on eth0.
+	node.AddLink(t, pod, testnet.PodSpec{Name: "net1", NoPort: true, Addrs: []netip.Prefix{netip.MustParsePrefix("203.0.113.5/24")}})
+	quiet(t, pod)
+	before := observe(t, pod)
+	a := attachEth0(t, pod, before)
+	wire := testnet.NewCapture(t, node.Namespace, host) // not before: the pod itself may have spoken until now
+	tap := testnet.NewCapture(t, pod, a.rec.Joins[0].Tap)
+	allowed := map[nic.MAC]bool{cluster: true}
+	for _, l := range observe(t, node.Namespace).Links {
+		allowed[l.MAC] = true
+	}
+	if withGuest {
+		guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
+		guest.Configure(a.nics[0])
+		allowed[mac] = true
+	}
+	awaitForwarding(t, node, host, tap)
+	for _, frame := range provocations(t, a.rec.Joins[0].Own.HardwareAddr()) {
+		node.Send(host, frame)
+	}
+	for _, addr := range []netip.Addr{ip4.Addr(), ip6.Addr()} {
+		if got := node.Ping(addr); got != withGuest {
+			t.Errorf("ping of %s answered: %v, want %v", addr, got, withGuest)
+		}
+	}
+	// What has the guest's MAC has come from the TAP: where the link keeps that MAC, the namespace would use it too.
+	stranger := func(p gopacket.Packet) bool {
+		e, ok := p.Layer(layers.LayerTypeEthernet).(*layers.Ethernet)
+		return !ok || !allowed[nic.MAC(e.SrcMAC)] || nic.MAC(e.SrcMAC) == mac && len(tap.Match(has(p.Data()))) == 0
+	}
+	// Long enough for delayed answers: MLD reports and router solicitations come within a second or so
+	// (RFC 3810, section 9.3; RFC 4861, section 10).
+	wire.Await(2500*time.Millisecond, stranger)
+	for where, c := range map[string]*testnet.Capture{"cluster": wire, "guest": tap} {
+		if got := c.Match(stranger); len(got) > 0 {
+			t.Errorf("%d frames of the namespace's own toward the %s:\n%s", len(got), where, testnet.Dump(got))
+		}
+	}
+	if len(wire.Frames()) == 0 || len(tap.Frames()) == 0 {
+		t.Error("the captures heard nothing at all")
+	}
+	// The same question is answered when the namespace is not silenced: the test can fail.
+	join := a.rec.Joins[0]
+	switch join.Datapath {
+	case Bridged:
+		pod.Sysctl("ipv4/conf/"+join.Bridge+"/arp_ignore", "0")
+	case Redirected:
+		pod.MustRun("nft", "flush", "chain", "netdev", table.Name, "from-eth0")
+		pod.Sysctl("ipv4/conf/eth0/arp_ignore", "0")
+	case AsItIs:
+		return // what answers there is the bridge of the TAP's maker
+	}
+	node.Send(host, question(t, cluster.HardwareAddr(), broadcast, "203.0.113.5"))
+	if !wire.Await(patience, stranger) {
+		t.Error("a namespace with arp_ignore off does not answer: the test proves nothing")
+	}
+}
+
+// attachEth0 attaches that NIC alone.
+func attachEth0(t testing.TB, pod *testnet.Namespace, before nic.Snapshot) attached {
 	t.Helper()
-	a := attached{before: before, nics: plainNICs(before)[:1]}
+	not := func(n nic.NIC) bool { return n.Name != "eth0" }
+	a := attached{before: before, nics: slices.DeleteFunc(plainNICs(before), not)}
 	var err error
 	a.ports, err = Attach(t.Context(), pod.NS, before, a.nics, Options{}, func(r Record) error { a.rec = r; return nil })
 	if err != nil {
@@ -169,12 +184,18 @@ func attachFirst(t testing.TB, pod *testnet.Namespace, before nic.Snapshot) atta
 }
 
 // A hairpin port of the plugin's bridge sends every broadcast of the guest back.
+// (What it makes of a TAP's bridge is not ours: that one may learn the guest's MAC where it is not.)
 func TestHairpin(t *testing.T) {
-	t.Parallel()
+	for _, kind := range []string{"veth", "macvlan"} {
+		t.Run(kind, func(t *testing.T) { t.Parallel(); testHairpin(t, kind) })
+	}
+}
+
+func testHairpin(t *testing.T, kind string) {
 	node := testnet.NewNode(t, gw4, gw6)
 	spec := dualStack()
 	spec.Hairpin = true
-	pod, host := addPod(t, node, spec)
+	pod, host := addPodOf(t, kind, node, spec)
 	a := attach(t, pod, Options{})
 	guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
 	guest.Configure(a.nics[0])
@@ -217,6 +238,9 @@ func TestHairpin(t *testing.T) {
 	}
 	if out := detect("2001:db8:100::77/128"); strings.Contains(out, "tentative") {
 		t.Errorf("duplicate address detection failed: %s", out)
+	}
+	if kind == "macvlan" {
+		return // in mode bridge it keeps its own broadcasts from coming back, too
 	}
 	pod.MustRun("nft", "flush", "chain", "netdev", table.Name, "from-eth0")
 	if out := detect("2001:db8:100::78/128"); !strings.Contains(out, "dadfailed") {
@@ -286,8 +310,9 @@ func awaitForwarding(t testing.TB, node *testnet.Node, host string, at *testnet.
 	}
 }
 
-func TestDHCPStaysApart(t *testing.T) {
-	t.Parallel()
+func TestDHCPStaysApart(t *testing.T) { forLinkKinds(t, testDHCPStaysApart) }
+
+func testDHCPStaysApart(t *testing.T, kind string) {
 	offer, discover := datagram{src: 67, dst: 68}, datagram{src: 68, dst: 67}
 	with := func(d datagram, change func(*datagram)) datagram { change(&d); return d }
 	tagged := func(d datagram, tags ...uint16) datagram { d.tags = tags; return d }
@@ -299,8 +324,8 @@ func TestDHCPStaysApart(t *testing.T) {
 		"OFFER to the guest's MAC":           {with(offer, func(d *datagram) { d.to = mac.HardwareAddr() }), false},
 		"OFFER from a relay's port":          {datagram{src: 6767, dst: 68}, false},
 		"OFFER with IP options":              {with(offer, func(d *datagram) { d.options = true }), false},
-		"OFFER, first fragment":              {with(offer, func(d *datagram) { d.more = true }), false},
-		"OFFER, a later fragment":            {with(offer, func(d *datagram) { d.frag = 4 }), true},
+		"OFFER, first fragment":              {with(offer, func(d *datagram) { d.more, d.to = true, mac.HardwareAddr() }), false},
+		"OFFER, a later fragment":            {with(offer, func(d *datagram) { d.frag, d.to = 4, mac.HardwareAddr() }), true},
 		"OFFER with a priority":              {tagged(offer, 0), false},
 		"OFFER with a priority, service tag": {tagged(offer, serviceTag), false},
 		"OFFER with two priorities":          {tagged(offer, 0, 0), false},
@@ -326,7 +351,7 @@ func TestDHCPStaysApart(t *testing.T) {
 		"another one with a VLAN 5": {tagged(datagram{src: 53, dst: 5353}, 5), true},
 	}
 	node := testnet.NewNode(t, gw4, gw6)
-	pod, host := addPod(t, node, dualStack())
+	pod, host := addPodOf(t, kind, node, dualStack())
 	a := attach(t, pod, Options{})
 	guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
 	responder := testnet.NewCapture(t, pod, a.rec.Joins[0].Tap) // hears what dhcp's socket hears
@@ -383,12 +408,13 @@ func TestDHCPStaysApart(t *testing.T) {
 }
 
 // Without a gateway the guest's DHCP server has a link-local address. The question for it ends at the TAP; others pass.
-func TestServersAddressStaysInside(t *testing.T) {
-	t.Parallel()
+func TestServersAddressStaysInside(t *testing.T) { forLinkKinds(t, testServersAddressStaysInside) }
+
+func testServersAddressStaysInside(t *testing.T, kind string) {
 	node := testnet.NewNode(t, gw4)
 	spec := dualStack()
 	spec.Routes = nil
-	pod, host := addPod(t, node, spec)
+	pod, host := addPodOf(t, kind, node, spec)
 	a := attach(t, pod, Options{})
 	guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
 	wire := testnet.NewCapture(t, node.Namespace, host)

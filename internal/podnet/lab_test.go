@@ -1,13 +1,17 @@
 package podnet
 
 import (
+	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
+	gocmp "github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/vishvananda/netlink"
 
@@ -35,6 +39,76 @@ func addPod(t testing.TB, node *testnet.Node, spec testnet.PodSpec) (pod *testne
 	pod = testnet.New(t, "pod")
 	pod.Sysctl("ipv6/conf/default/accept_dad", "0")
 	return pod, node.AddLink(t, pod, spec)
+}
+
+// linkKinds are what a pod's eth0 is in tests; each is joined by a datapath of its own.
+var linkKinds = []string{"veth", "macvlan", "tap"}
+
+// forLinkKinds runs a test for each.
+func forLinkKinds(t *testing.T, test func(t *testing.T, kind string)) {
+	t.Helper()
+	for _, kind := range linkKinds {
+		t.Run(kind, func(t *testing.T) { t.Parallel(); test(t, kind) })
+	}
+}
+
+// addPodOf is addPod with a link of that kind, which leads to the node by a veth: that is the macvlan's parent on another
+// host, or, in the pod, a port of the bridge that has the TAP.
+func addPodOf(t testing.TB, kind string, node *testnet.Node, spec testnet.PodSpec) (pod *testnet.Namespace, host string) {
+	t.Helper()
+	pod = testnet.New(t, "pod")
+	pod.Sysctl("ipv6/conf/default/accept_dad", "0")
+	return pod, addLinkOf(t, kind, node, pod, spec)
+}
+
+func addLinkOf(t testing.TB, kind string, node *testnet.Node, pod *testnet.Namespace, spec testnet.PodSpec) (host string) {
+	t.Helper()
+	const uplink = "up0"
+	up := testnet.PodSpec{Name: uplink, MTU: spec.MTU, Hairpin: spec.Hairpin, NoPort: spec.NoPort}
+	if spec.Name == "" {
+		spec.Name = "eth0"
+	}
+	mtu := fmt.Sprint(cmp.Or(spec.MTU, 1500))
+	switch kind {
+	case "veth":
+		return node.AddLink(t, pod, spec)
+	case "macvlan":
+		parent := testnet.New(t, "parent")
+		parent.Sysctl("ipv6/conf/default/disable_ipv6", "1")
+		host = node.AddLink(t, parent, up)
+		parent.MustRun("ip", "link", "add", "link", uplink, "name", "mv0", "mtu", mtu, "type", "macvlan", "mode", "bridge")
+		parent.MustRun("ip", "link", "set", "mv0", "netns", pod.Name, "name", spec.Name)
+	case "tap":
+		pod.Sysctl("ipv6/conf/default/disable_ipv6", "1")
+		host = node.AddLink(t, pod, up)
+		pod.MustRun("ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+		pod.MustRun("ip", "link", "set", "br0", "up")
+		pod.MustRun("ip", "link", "set", uplink, "master", "br0")
+		pod.Sysctl("ipv6/conf/default/disable_ipv6", "0")
+		pod.MustRun("ip", "tuntap", "add", spec.Name, "mode", "tap", "multi_queue")
+		pod.MustRun("ip", "link", "set", spec.Name, "mtu", mtu, "master", "br0")
+	}
+	if !spec.MAC.IsZero() {
+		pod.MustRun("ip", "link", "set", spec.Name, "address", spec.MAC.String())
+	}
+	link, err := pod.Link().LinkByName(spec.Name)
+	if err == nil {
+		err = pod.Link().LinkSetUp(link)
+	}
+	for _, a := range spec.Addrs {
+		err = errors.Join(err, pod.Link().AddrAdd(link, testnet.Address(a)))
+	}
+	for _, r := range spec.Routes {
+		r.LinkIndex = link.Attrs().Index
+		err = errors.Join(err, pod.Link().RouteAdd(&r))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if kind != "tap" { // which has no carrier yet
+		pod.Ready(spec.Name)
+	}
+	return host
 }
 
 func noJournal(Record) error { return nil }
@@ -77,6 +151,9 @@ func tryAttach(pod *testnet.Namespace, o Options) (a attached, err error) {
 func plainNICs(s nic.Snapshot) []nic.NIC {
 	var out []nic.NIC
 	for _, l := range s.Links {
+		if l.Kind == "bridge" || l.Master != "" && l.Kind != "tun" {
+			continue // a TAP's way to the node
+		}
 		n := nic.NIC{Name: l.Name, MAC: l.MAC, MTU: min(l.MTU, 65521)}
 		for _, a := range l.Addrs {
 			if !a.Prefix.Addr().IsLinkLocalUnicast() {
@@ -96,9 +173,9 @@ func plainNICs(s nic.Snapshot) []nic.NIC {
 }
 
 // settled compares snapshots but for what the kernel changes by itself: the order of addresses.
-var settled = cmp.Options{
-	cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
-	cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+var settled = gocmp.Options{
+	gocmp.Comparer(func(a, b netip.Prefix) bool { return a == b }),
+	gocmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
 	cmpopts.SortSlices(func(a, b nic.Addr) bool { return a.Prefix.String() < b.Prefix.String() }),
 	cmpopts.SortSlices(func(a, b nic.KernelRoute) bool {
 		return a.Dst.String()+a.Gw.String()+string(rune(a.Table)) < b.Dst.String()+b.Gw.String()+string(rune(b.Table))
@@ -119,13 +196,18 @@ func observe(t testing.TB, n *testnet.Namespace) nic.Snapshot {
 // compares two observations calls it before each of them.
 func quiet(t testing.TB, n *testnet.Namespace) {
 	t.Helper()
-	n.Ready()
+	ready(n)
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		if n.MustRun("ip", "-6", "addr", "show", "tentative") == "" {
 			return
 		}
 	}
 	t.Fatal("addresses stay tentative")
+}
+
+// ready waits for every link but TAPs, which have no carrier while nobody holds them.
+func ready(n *testnet.Namespace) {
+	n.Ready(strings.Fields(n.MustRun("sh", "-c", "ip -o -d link | grep -v ' tun type tap ' | sed 's/^[0-9]*: \\([^:@]*\\).*/\\1/'"))...)
 }
 
 // droppedBy gives what the rules of every NIC have dropped, by the name of its link.

@@ -79,6 +79,8 @@ var (
 	// The transport protocol, behind all IPv6 extension headers; none where the kernel finds the headers broken.
 	l4proto = part{"meta l4proto", loadMeta(unix.NFT_META_L4PROTO)}
 
+	mark = part{"meta mark", loadMeta(unix.NFT_META_MARK)}
+
 	etherFrom = at("ether saddr", frame, 6, 6)
 	// The control information of the outer tag, whose lower twelve bits are the VLAN (IEEE 802.1Q, clause 9.6).
 	tag = at("@ll,112,16", frame, 14, 2)

@@ -55,11 +55,12 @@ func snapshot(ns *netns.NS, links []netlink.Link, addrs []netlink.Addr, routes [
 		}
 		link := nic.Link{
 			Name: a.Name, Index: a.Index, Kind: kind(l), MTU: a.MTU, Up: a.RawFlags&unix.IFF_UP != 0,
-			Master: names[a.MasterIndex], ParentBus: a.ParentDevBus, ParentDev: a.ParentDev,
+			AllMulti: a.RawFlags&unix.IFF_ALLMULTI != 0, Master: names[a.MasterIndex], ParentBus: a.ParentDevBus, ParentDev: a.ParentDev,
 		}
 		if len(a.HardwareAddr) == len(link.MAC) {
 			link.MAC = nic.MAC(a.HardwareAddr)
 		}
+		describe(l, &link)
 		for _, ad := range addrs {
 			if ad.LinkIndex == a.Index {
 				link.Addrs = append(link.Addrs, address(ad))
@@ -79,6 +80,26 @@ func snapshot(ns *netns.NS, links []netlink.Link, addrs []netlink.Addr, routes [
 		}
 		return nil
 	})
+}
+
+// describe adds what links of one kind alone have.
+func describe(l netlink.Link, out *nic.Link) {
+	switch l := l.(type) {
+	case *netlink.Macvlan:
+		out.Mode = map[netlink.MacvlanMode]string{
+			netlink.MACVLAN_MODE_PRIVATE: "private", netlink.MACVLAN_MODE_VEPA: "vepa", netlink.MACVLAN_MODE_BRIDGE: "bridge",
+			netlink.MACVLAN_MODE_PASSTHRU: "passthru", netlink.MACVLAN_MODE_SOURCE: "source",
+		}[l.Mode]
+	case *netlink.IPVlan:
+		out.Mode = map[netlink.IPVlanMode]string{netlink.IPVLAN_MODE_L2: "l2", netlink.IPVLAN_MODE_L3: "l3", netlink.IPVLAN_MODE_L3S: "l3s"}[l.Mode]
+	case *netlink.Netkit:
+		out.Mode = map[netlink.NetkitMode]string{netlink.NETKIT_MODE_L2: "l2", netlink.NETKIT_MODE_L3: "l3"}[l.Mode]
+	case *netlink.Tuntap:
+		out.Mode = map[netlink.TuntapMode]string{netlink.TUNTAP_MODE_TAP: "tap", netlink.TUNTAP_MODE_TUN: "tun"}[l.Mode]
+		out.MultiQueue = l.Flags&netlink.TUNTAP_MULTI_QUEUE != 0
+		// The kernel tells the number of queues of a TAP for several alone; another one says so when it is opened.
+		out.InUse = l.NonPersist || l.Queues+l.DisabledQueues > 0
+	}
 }
 
 // passing are address flags that come and go by themselves, and one that tells of the adding alone (Detach sets it).

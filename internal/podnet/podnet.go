@@ -1,21 +1,24 @@
 // Package podnet applies, verifies and undoes the plan of package nic in a pod network namespace.
 //
-// [Observe] looks and changes nothing. [Attach] makes a TAP and a bridge for every NIC that is a veth and joins them:
+// [Observe] looks and changes nothing. [Attach] joins a TAP to every NIC's link, by one of three datapaths:
 //
 //	guest === TAP --- bridge --- veth ~~~ the CNI plugin's network
+//	guest === TAP ---- redirect ---- macvlan, ipvlan ~~~
+//	guest === TAP that was there ~~~
 //
-// The guest takes over the veth's MAC, addresses and routes, so the veth gives them up; the namespace's own stack keeps
-// no address and stays silent. Rules of nftables at the two ends keep apart what must never meet - the guest's DHCP and
-// router advertisements and the cluster's, the guest and its own frames reflected by a hairpin port - and hold the guest
-// to its MAC and addresses; a [Policy] leaves some out, [Rules] and [Counters] read them back. [Detach] puts every link
-// back as Observe saw it.
+// The guest takes over the link's MAC, addresses and routes, so the link gives them up (by redirect, it keeps the MAC); the
+// namespace's own stack keeps no address there and stays silent. Rules of nftables at the two ends keep apart what must
+// never meet - the guest's DHCP and router advertisements and the cluster's, the guest and its own frames reflected by a
+// hairpin port - and hold the guest to its MAC and addresses; a [Policy] leaves some out, [Rules] reads them back.
+// [Detach] puts every link back as Observe saw it.
 //
 // Attach hands a [Record] to its journal before the first change. The same Record undoes a failed Attach, a normal
-// end, and the leavings of a killed process, from any process, any number of times. TAPs are not persistent: they end
-// with the descriptors in the [Port]s, which the caller of Attach owns.
+// end, and the leavings of a killed process, from any process, any number of times. TAPs of ours are not persistent: they
+// end with the descriptors in the [Port]s, which the caller of Attach owns.
 package podnet
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -44,11 +47,24 @@ type Record struct {
 
 // Join names the links of one NIC.
 type Join struct {
-	Link   string  `json:"link"`   // the veth that the plugin made
-	Bridge string  `json:"bridge"` // made by Attach
-	Tap    string  `json:"tap"`    // made by Attach
-	Own    nic.MAC `json:"own"`    // what the veth carries while the guest has its MAC
+	Datapath   Datapath `json:"datapath,omitempty"`   // none: [Bridged], in records of old
+	Link       string   `json:"link"`                 // the one that the plugin made
+	Bridge     string   `json:"bridge,omitempty"`     // made by Attach; none where nothing is bridged
+	Tap        string   `json:"tap"`                  // made by Attach, or Link itself
+	Own        nic.MAC  `json:"own,omitzero"`         // what the link carries while the guest has its MAC; none: it keeps its MAC
+	KeepsAddrs bool     `json:"keepsAddrs,omitempty"` // so does it with its addresses, by which it tells its frames
 }
+
+// Datapath is how frames get from a link to the guest's TAP and back.
+type Datapath string
+
+const (
+	Bridged    Datapath = "bridge"   // a bridge has both as ports; the link gives up its MAC
+	Redirected Datapath = "redirect" // each hands its frames to the other; the link keeps its MAC
+	AsItIs     Datapath = "tap"      // the link is a TAP, and the namespace has a path for it
+)
+
+func (j Join) datapath() Datapath { return cmp.Or(j.Datapath, Bridged) }
 
 // Port is one NIC, ready for a guest. The caller owns the files: they go to QEMU, and the TAP ends when the last
 // copy is closed.
@@ -72,7 +88,7 @@ func (p *Port) Close() error {
 	return errors.Join(errs...)
 }
 
-// Attach gives the NICs to a guest: for every one a TAP and a bridge, filters, and a silent veth. journal is called once,
+// Attach gives the NICs to a guest: for every one a TAP joined to its link, filters, and a silent link. journal is called once,
 // before the first change, with all that Detach needs; its error stops Attach. When Attach fails it has called Detach.
 //
 // snap is what Observe saw and nics what [nic.Plan] made of it; ns stays the caller's and must stay open as long as
@@ -115,21 +131,37 @@ func plan(snap nic.Snapshot, nics []nic.NIC, o Options) (Record, error) {
 		if n.VF != nil {
 			return Record{}, fmt.Errorf("attach %s: SR-IOV function %s: passthrough is not served yet; leave its network out", n.Name, n.VF.BDF)
 		}
-		if snap.Link(n.Name) == nil {
+		link := snap.Link(n.Name)
+		if link == nil {
 			return Record{}, fmt.Errorf("attach %s: no such link in the namespace", n.Name)
 		}
 		if v4, v6 := addrs(n); checks(n, o.Policies[n.Name]) && max(len(v4), len(v6)) > maxAddrs {
 			return Record{}, fmt.Errorf("attach %s: more than %d addresses of a kind are too many for the spoof check: turn it off", n.Name, maxAddrs)
 		}
-		j := Join{Link: n.Name, Bridge: fmt.Sprintf("%s%d", bridgePrefix, i), Tap: fmt.Sprintf("%s%d", tapPrefix, i), Own: ownMAC(n.MAC)}
+		j := newJoin(link, n, i)
 		for _, name := range []string{j.Bridge, j.Tap} {
-			if snap.Link(name) != nil {
+			if name != j.Link && snap.Link(name) != nil {
 				return Record{}, fmt.Errorf("attach %s: link %s is in the namespace already: another VM uses it, or a killed one left it; `virtlet gc` cleans up after killed ones", n.Name, name)
 			}
 		}
 		rec.Joins = append(rec.Joins, j)
 	}
 	return rec, nil
+}
+
+// newJoin names what the i-th NIC is joined by.
+func newJoin(link *nic.Link, n nic.NIC, i int) Join {
+	tap := fmt.Sprintf("%s%d", tapPrefix, i)
+	switch link.Kind {
+	case "tun":
+		return Join{Datapath: AsItIs, Link: n.Name, Tap: n.Name, Own: ownMAC(n.MAC)}
+	case "macvlan":
+		return Join{Datapath: Redirected, Link: n.Name, Tap: tap}
+	case "ipvlan":
+		// What comes for an address that is not on the link, the driver gives to another link or to the host.
+		return Join{Datapath: Redirected, Link: n.Name, Tap: tap, KeepsAddrs: true}
+	}
+	return Join{Datapath: Bridged, Link: n.Name, Bridge: fmt.Sprintf("%s%d", bridgePrefix, i), Tap: tap, Own: ownMAC(n.MAC)}
 }
 
 const (
@@ -148,12 +180,11 @@ func ownMAC(guest nic.MAC) nic.MAC {
 
 // nsSysctls are settings of the namespace that Attach changes before it makes a link. With br_netfilter in the kernel,
 // bridged frames of the guest would go through the namespace's iptables and conntrack, which drop IPv6 neighbour
-// discovery at times. The others keep the namespace's own stack silent: bridges and TAPs are born without IPv6, and no
-// link answers ARP for a local address (8, Documentation/networking/ip-sysctl; of "all" and the link's own the larger
-// counts).
+// discovery at times. The others keep our bridges and TAPs silent, which are born with them: without IPv6, and without
+// answers to ARP for a local address (8, Documentation/networking/ip-sysctl).
 var nsSysctls = map[string]string{
 	"ipv6/conf/default/disable_ipv6":  "1",
-	"ipv4/conf/all/arp_ignore":        "8",
+	"ipv4/conf/default/arp_ignore":    "8",
 	"bridge/bridge-nf-call-iptables":  "0",
 	"bridge/bridge-nf-call-ip6tables": "0",
 	"bridge/bridge-nf-call-arptables": "0",
@@ -161,7 +192,7 @@ var nsSysctls = map[string]string{
 
 // linkSysctls are settings of a link that is there already and is to be silent.
 func linkSysctls(link string) map[string]string {
-	return map[string]string{"ipv6/conf/" + link + "/disable_ipv6": "1"}
+	return map[string]string{"ipv6/conf/" + link + "/disable_ipv6": "1", "ipv4/conf/" + link + "/arp_ignore": "8"}
 }
 
 const sysctlRoot = "/proc/sys/net/" // resolved in the network namespace of the reading thread

@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -16,9 +18,12 @@ import (
 )
 
 func TestAttachGivesTheGuestThePodsNetwork(t *testing.T) {
-	t.Parallel()
+	forLinkKinds(t, testAttachGivesTheGuestThePodsNetwork)
+}
+
+func testAttachGivesTheGuestThePodsNetwork(t *testing.T, kind string) {
 	node := testnet.NewNode(t, gw4, gw6)
-	pod, _ := addPod(t, node, dualStack())
+	pod, _ := addPodOf(t, kind, node, dualStack())
 	peer, _ := addPod(t, node, testnet.PodSpec{Addrs: []netip.Prefix{netip.MustParsePrefix("198.51.100.3/24"), netip.MustParsePrefix("2001:db8:100::3/64")}})
 	a := attach(t, pod, Options{})
 	guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
@@ -40,6 +45,8 @@ func TestAttachGivesTheGuestThePodsNetwork(t *testing.T) {
 	if !guest.Ping(gw4.Addr(), "-M", "do", "-s", "1422") {
 		t.Error("a don't-fragment ping of exactly the MTU is lost")
 	}
+	testnet.Transfer(t, guest, node.Namespace, gw4.Addr(), 1e6)
+	testnet.Transfer(t, node.Namespace, guest, ip6.Addr(), 1e6)
 	// The neighbour entry that the node had for the pod still holds: the guest has the pod's MAC.
 	if out := node.MustRun("ip", "neigh", "show", ip4.Addr().String()); !strings.Contains(out, mac.String()) {
 		t.Errorf("the node resolved the guest to %q, want %s", out, mac)
@@ -75,7 +82,7 @@ func TestAttachState(t *testing.T) {
 			t.Errorf("%s is not silenced: %v", l.Name, l.Sysctls)
 		}
 	}
-	if now.Sysctls["ipv4/conf/all/arp_ignore"] != "8" {
+	if now.Sysctls["ipv4/conf/default/arp_ignore"] != "8" {
 		t.Errorf("the namespace answers ARP: %v", now.Sysctls)
 	}
 	join := a.rec.Joins[0]
@@ -162,37 +169,40 @@ func TestDetachRestoresExactly(t *testing.T) {
 	}
 	for name, shape := range shapes {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			node := testnet.NewNode(t, gw4, gw6)
-			pod, _ := addPod(t, node, dualStack())
-			shape(t, node, pod)
-			quiet(t, pod)
-			a := attach(t, pod, Options{})
-			for _, p := range a.ports {
-				p.Close()
-			}
-			// The record makes the way over the disk, as after a crash.
-			b, err := json.Marshal(a.rec)
-			if err != nil {
-				t.Fatal(err)
-			}
-			var rec Record
-			if err := json.Unmarshal(b, &rec); err != nil {
-				t.Fatal(err)
-			}
-			for _, again := range []string{"first", "second"} {
-				if err := Detach(pod.NS, rec); err != nil {
-					t.Fatalf("%s Detach: %v", again, err)
-				}
-				quiet(t, pod)
-				if d := cmp.Diff(a.before, observe(t, pod), settled); d != "" {
-					t.Errorf("after the %s Detach (-before +after):\n%s", again, d)
-				}
-			}
-			if out := pod.MustRun("nft", "list", "ruleset"); out != "" {
-				t.Errorf("rules stay: %s", out)
-			}
+			forLinkKinds(t, func(t *testing.T, kind string) { testDetachRestoresExactly(t, kind, shape) })
 		})
+	}
+}
+
+func testDetachRestoresExactly(t *testing.T, kind string, shape func(*testing.T, *testnet.Node, *testnet.Namespace)) {
+	node := testnet.NewNode(t, gw4, gw6)
+	pod, _ := addPodOf(t, kind, node, dualStack())
+	shape(t, node, pod)
+	quiet(t, pod)
+	a := attach(t, pod, Options{})
+	for _, p := range a.ports {
+		p.Close()
+	}
+	// The record makes the way over the disk, as after a crash.
+	b, err := json.Marshal(a.rec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rec Record
+	if err := json.Unmarshal(b, &rec); err != nil {
+		t.Fatal(err)
+	}
+	for _, again := range []string{"first", "second"} {
+		if err := Detach(pod.NS, rec); err != nil {
+			t.Fatalf("%s Detach: %v", again, err)
+		}
+		quiet(t, pod)
+		if d := cmp.Diff(a.before, observe(t, pod), settled); d != "" {
+			t.Errorf("after the %s Detach (-before +after):\n%s", again, d)
+		}
+	}
+	if out := pod.MustRun("nft", "list", "ruleset"); out != "" {
+		t.Errorf("rules stay: %s", out)
 	}
 }
 
@@ -247,17 +257,23 @@ func TestObserveNextHops(t *testing.T) {
 	}
 }
 
-func TestDetachOfALivingTap(t *testing.T) {
-	t.Parallel()
+func TestDetachOfALivingTap(t *testing.T) { forLinkKinds(t, testDetachOfALivingTap) }
+
+func testDetachOfALivingTap(t *testing.T, kind string) {
 	node := testnet.NewNode(t, gw4, gw6)
-	pod, _ := node.AddPod(t, dualStack())
+	pod, _ := addPodOf(t, kind, node, dualStack())
 	quiet(t, pod)
 	a := attach(t, pod, Options{}) // the descriptors stay open, as with a QEMU that outlived its supervisor
 	if err := Detach(pod.NS, a.rec); err != nil {
 		t.Fatal(err)
 	}
 	quiet(t, pod)
-	if d := cmp.Diff(a.before, observe(t, pod), settled); d != "" {
+	want := a.before
+	if kind == "tap" { // it stays, and so does who holds it
+		want.Links = slices.Clone(want.Links)
+		want.Link("eth0").InUse = true
+	}
+	if d := cmp.Diff(want, observe(t, pod), settled); d != "" {
 		t.Error(d)
 	}
 }
@@ -273,39 +289,41 @@ func TestFailedAttachLeavesTheNamespaceAsItWas(t *testing.T) {
 		"MTU too big for TAP": {spoil: func(_ *testing.T, _ *testnet.Namespace, n []nic.NIC) { n[1].MTU = 65535 }, want: "MTU"},
 		"link vanished":       {spoil: func(_ *testing.T, _ *testnet.Namespace, n []nic.NIC) { n[1].Name = "net9" }, want: "net9"},
 		"name taken after the look": {
-			journal: noJournal, want: "bridge vltbr1",
-			spoil: func(t *testing.T, pod *testnet.Namespace, _ []nic.NIC) {
-				pod.MustRun("ip", "link", "add", "vltbr1", "type", "veth", "peer", "name", "other")
+			journal: noJournal, want: "bridge vltbr",
+			spoil: func(t *testing.T, pod *testnet.Namespace, n []nic.NIC) {
+				i := slices.IndexFunc(n, func(n nic.NIC) bool { return n.Name == "net1" })
+				pod.MustRun("ip", "link", "add", fmt.Sprintf("vltbr%d", i), "type", "veth", "peer", "name", "other")
 			},
 		},
 		"VF": {spoil: func(_ *testing.T, _ *testnet.Namespace, n []nic.NIC) { n[1].VF = &nic.VF{BDF: "0000:01:10.0"} }, want: "0000:01:10.0"},
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			node := testnet.NewNode(t, gw4, gw6)
-			pod, _ := addPod(t, node, dualStack())
-			node.AddLink(t, pod, testnet.PodSpec{Name: "net1", Addrs: []netip.Prefix{netip.MustParsePrefix("203.0.113.5/24")}})
-			quiet(t, pod)
-			before := observe(t, pod)
-			nics := plainNICs(before)
-			if c.spoil != nil {
-				c.spoil(t, pod, nics)
-			}
-			quiet(t, pod)
-			after := observe(t, pod)
-			journal := c.journal
-			if journal == nil {
-				journal = noJournal
-			}
-			ports, err := Attach(context.Background(), pod.NS, before, nics, Options{}, journal)
-			if err == nil || !strings.Contains(err.Error(), c.want) {
-				t.Fatalf("ports %v, error %v, want one with %q", ports, err, c.want)
-			}
-			quiet(t, pod)
-			if d := cmp.Diff(after, observe(t, pod), settled); d != "" {
-				t.Errorf("-before +after:\n%s", d)
-			}
+			forLinkKinds(t, func(t *testing.T, kind string) {
+				node := testnet.NewNode(t, gw4, gw6)
+				pod, _ := addPodOf(t, kind, node, dualStack())
+				node.AddLink(t, pod, testnet.PodSpec{Name: "net1", Addrs: []netip.Prefix{netip.MustParsePrefix("203.0.113.5/24")}})
+				quiet(t, pod)
+				before := observe(t, pod)
+				nics := plainNICs(before)
+				if c.spoil != nil {
+					c.spoil(t, pod, nics)
+				}
+				quiet(t, pod)
+				after := observe(t, pod)
+				journal := c.journal
+				if journal == nil {
+					journal = noJournal
+				}
+				ports, err := Attach(context.Background(), pod.NS, before, nics, Options{}, journal)
+				if err == nil || !strings.Contains(err.Error(), c.want) {
+					t.Fatalf("ports %v, error %v, want one with %q", ports, err, c.want)
+				}
+				quiet(t, pod)
+				if d := cmp.Diff(after, observe(t, pod), settled); d != "" {
+					t.Errorf("-before +after:\n%s", d)
+				}
+			})
 		})
 	}
 }

@@ -1,6 +1,8 @@
 package podnet
 
 import (
+	"encoding/binary"
+	"fmt"
 	"net/netip"
 	"slices"
 
@@ -26,7 +28,7 @@ type Policy struct {
 // Reason is why a frame was dropped. Its name is stable: it is in counters and comments, and documented.
 type Reason string
 
-// Reasons for frames of the guest, and of the cluster.
+// Reasons for frames of the guest, of the cluster, and of the namespace itself.
 const (
 	SpoofedMAC    Reason = "spoofed-mac"
 	SpoofedARP    Reason = "spoofed-arp"
@@ -51,6 +53,8 @@ const (
 	ClusterRA     Reason = "cluster-ra"
 	ClusterOwn    Reason = "cluster-own"
 	ClusterHidden Reason = "cluster-hidden"
+
+	OwnStack Reason = "own-stack"
 )
 
 // because says the same in words.
@@ -76,6 +80,7 @@ var because = map[Reason]string{
 	ClusterRA:     "the guest's router advertisements are from inside",
 	ClusterOwn:    "an address of the guest's servers, which are inside, is nobody else's",
 	ClusterHidden: "wrapped or cut, so that it may be anything",
+	OwnStack:      "the namespace itself is silent",
 }
 
 // rule drops the frames that match, for its reason; without one it lets them pass the rules that follow.
@@ -169,6 +174,15 @@ func clusterRules(n nic.NIC, p Policy) []rule {
 	}
 	return rules
 }
+
+// marked lets what has our mark pass other rules.
+func marked(rules func(nic.NIC, Policy) []rule) func(nic.NIC, Policy) []rule {
+	ours := value{fmt.Sprintf("0x%x", ourMark), binary.NativeEndian.AppendUint32(nil, ourMark)}
+	return func(n nic.NIC, p Policy) []rule { return append([]rule{{"", nil, mark.is(ours)}}, rules(n, p)...) }
+}
+
+// stackRules keep a link silent whose addresses have to stay.
+func stackRules(nic.NIC, Policy) []rule { return []rule{{OwnStack, nil, match{}}} }
 
 // guestRules are those at the TAP, for frames from the guest. The first that matches counts.
 func guestRules(n nic.NIC, p Policy) []rule {

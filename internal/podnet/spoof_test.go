@@ -124,11 +124,12 @@ func guestSamples() map[string]sample {
 
 // With everything on, each frame passes, or is dropped for the reason that was meant and counted once. With everything
 // off each arrives: what drops it are the rules.
-func TestFramesOfTheGuest(t *testing.T) {
-	t.Parallel()
+func TestFramesOfTheGuest(t *testing.T) { forLinkKinds(t, testFramesOfTheGuest) }
+
+func testFramesOfTheGuest(t *testing.T, kind string) {
 	p := Policy{Own: []netip.Addr{netip.MustParseAddr(ownLinkLocal)}}
-	held := newWire(t, calico(), p)
-	free := newWire(t, calico(), Policy{Own: p.Own, NoSpoofCheck: true, ExternalDHCP: true, ExternalRA: true})
+	held := newWire(t, kind, calico(), p)
+	free := newWire(t, kind, calico(), Policy{Own: p.Own, NoSpoofCheck: true, ExternalDHCP: true, ExternalRA: true})
 	for name, s := range guestSamples() {
 		if got := held.fate(t, true, s.frame); got != s.reason {
 			t.Errorf("%s: dropped for %q, want %q", name, got, s.reason)
@@ -169,29 +170,37 @@ func TestPolicies(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			w := newWire(t, c.spec, c.policy)
-			for name, s := range guestSamples() {
-				want := s.reason
-				if slices.Contains(c.passes, want) {
-					want = ""
+			forLinkKinds(t, func(t *testing.T, kind string) {
+				w := newWire(t, kind, c.spec, c.policy)
+				for name, s := range guestSamples() {
+					want := s.reason
+					if slices.Contains(c.passes, want) {
+						want = ""
+					}
+					if r, ok := c.differ[name]; ok {
+						want = r
+					}
+					if got := w.fate(t, true, s.frame); got != want {
+						t.Errorf("%s: dropped for %q, want %q", name, got, want)
+					}
 				}
-				if r, ok := c.differ[name]; ok {
-					want = r
-				}
-				if got := w.fate(t, true, s.frame); got != want {
-					t.Errorf("%s: dropped for %q, want %q", name, got, want)
-				}
-			}
+			})
 		})
 	}
 }
 
 // clusterSamples are frames toward the guest.
-func clusterSamples() map[string]sample {
+func clusterSamples(kind string) map[string]sample {
 	router := "fe80::c1"
 	c4 := func(b []byte, tags ...uint16) []byte { return ethernet(cluster, tags, ip4Kind, b) }
 	c6 := func(b []byte, tags ...uint16) []byte { return ethernet(cluster, tags, ip6Kind, b) }
+	// Of a macvlan's broadcasts the parent holds back fragments, until all are there, and those that come back to it.
+	toGuest := func(frame []byte) []byte {
+		if kind != "macvlan" {
+			return frame
+		}
+		return append(slices.Clone(mac[:]), frame[len(mac):]...)
+	}
 	gw := gw4.Addr().String()
 	advert := nd(router, message(134, "", option(1, cluster)))
 	return map[string]sample{
@@ -199,7 +208,7 @@ func clusterSamples() map[string]sample {
 		"UDP":                               {"", c4(udp4(gw, 67, 6868))},
 		"TCP":                               {"", c4(packet4(gw, protoTCP, 0, ports(67, 68)))},
 		"DISCOVER":                          {"", c4(udp4("0.0.0.0", 68, 67))},
-		"later fragment, like DHCP":         {"", c4(packet4(gw, protoUDP, 8, ports(67, 68)))},
+		"later fragment, like DHCP":         {"", toGuest(c4(packet4(gw, protoUDP, 8, ports(67, 68))))},
 		"neighbour solicitation":            {"", c6(nd(router, message(135, ip6.Addr().String(), option(1, cluster))))},
 		"neighbour advertisement":           {"", c6(nd(router, message(136, router, option(2, cluster))))},
 		"another guest's RS":                {"", c6(nd("fe80::c2", message(133, "")))},
@@ -211,10 +220,10 @@ func clusterSamples() map[string]sample {
 		"RA in VLAN 7 in VLAN 5":            {"", c6(advert, 5, 7)},
 		"another EtherType":                 {"", ethernet(cluster, nil, 0x88b5, []byte("something"))},
 		"another SNAP":                      {"", ethernet(cluster, nil, 0x40, []byte{0xaa, 0xaa, 3, 0, 0, 0xc, 0x20, 0})},
-		"the guest's own":                   {Reflected, ethernet(mac, nil, ip6Kind, nd("::", message(135, ip6.Addr().String())))},
-		"the guest's own, priority":         {Reflected, ethernet(mac, []uint16{0}, ip4Kind, udp4(gw, 9, 9))},
+		"the guest's own":                   {Reflected, toGuest(ethernet(mac, nil, ip6Kind, nd("::", message(135, ip6.Addr().String()))))},
+		"the guest's own, priority":         {Reflected, toGuest(ethernet(mac, []uint16{0}, ip4Kind, udp4(gw, 9, 9)))},
 		"OFFER":                             {ClusterDHCPv4, c4(udp4(gw, 67, 68))},
-		"OFFER, first fragment":             {ClusterDHCPv4, c4(packet4(gw, protoUDP, 0x2000, ports(67, 68)))},
+		"OFFER, first fragment":             {ClusterDHCPv4, toGuest(c4(packet4(gw, protoUDP, 0x2000, ports(67, 68))))},
 		"OFFER, priority":                   {ClusterDHCPv4, c4(udp4(gw, 67, 68), 0)},
 		"DHCPv6 reply":                      {ClusterDHCPv6, c6(udp6(router, 547, 546))},
 		"DHCPv6 reply from another port":    {ClusterDHCPv6, c6(udp6(gw6.Addr().String(), 4711, 546))},
@@ -261,17 +270,18 @@ func TestFramesOfTheCluster(t *testing.T) {
 		"both":            {calico(), Policy{Own: own, ExternalDHCP: true, ExternalRA: true}, append([]Reason{ClusterHidden, ClusterRA, ClusterOwn}, dhcp...)},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			w := newWire(t, c.spec, c.policy)
-			for name, s := range clusterSamples() {
-				want := s.reason
-				if slices.Contains(c.passes, want) {
-					want = ""
+			forLinkKinds(t, func(t *testing.T, kind string) {
+				w := newWire(t, kind, c.spec, c.policy)
+				for name, s := range clusterSamples(kind) {
+					want := s.reason
+					if slices.Contains(c.passes, want) {
+						want = ""
+					}
+					if got := w.fate(t, false, s.frame); got != want {
+						t.Errorf("%s: dropped for %q, want %q", name, got, want)
+					}
 				}
-				if got := w.fate(t, false, s.frame); got != want {
-					t.Errorf("%s: dropped for %q, want %q", name, got, want)
-				}
-			}
+			})
 		})
 	}
 }

@@ -80,7 +80,7 @@ func (s Store) CheckNetworks(ctx context.Context, name string) ([]NetworkCheck, 
 func afterTheMove(r *types100.Result, rec podnet.Record) {
 	for _, j := range rec.Joins {
 		link := rec.Snapshot.Link(j.Link)
-		if link == nil {
+		if link == nil || j.KeepsAddrs {
 			continue
 		}
 		for _, f := range r.Interfaces {
