@@ -3,6 +3,7 @@ package lab
 import (
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -105,6 +106,27 @@ func TestPtp(t *testing.T) {
 		for _, f := range each(families) {
 			r.talk(t, v.guest, v.addr(t, 0, f), other.Namespace, other.addr(t, "eth0", f), mtu, "")
 			r.published(t, v, world, f)
+		}
+	})
+}
+
+// A macvlan has the node's uplink under it: two of them talk by the kernel, and each with what is behind the uplink.
+func TestMacvlan(t *testing.T) {
+	eachVersion(t, func(t *testing.T, version, families string) {
+		r := tested(t, "macvlan", real, families)
+		n := newNode(t, "node")
+		world := n.world(t)
+		const mtu = 1450
+		net := n.network(t, list(version, "lab", map[string]any{
+			"type": "macvlan", "master": "up0", "mode": "bridge", "mtu": mtu, "ipam": hostLocal(families),
+		}))
+		v, other := n.start(t, request{networks: ns(net)}), n.addPod(t, request{networks: ns(net)})
+		outside := map[int]string{4: "198.51.100.200/24", 6: "2001:db8:100::200/64"}
+		for _, f := range each(families) {
+			world.MustRun("ip", "addr", "add", outside[f], "dev", "eth0")
+			to := netip.MustParsePrefix(outside[f]).Addr()
+			r.talk(t, v.guest, v.addr(t, 0, f), other.Namespace, other.addr(t, "eth0", f), mtu, "")
+			r.talk(t, v.guest, v.addr(t, 0, f), world, to, mtu, "")
 		}
 	})
 }
