@@ -72,8 +72,9 @@ type Runtime struct {
 
 // Attachment is one network for one interface of one namespace. It is JSON, to be written down before Add.
 type Attachment struct {
-	Network        json.RawMessage `json:"network"` // the list, as by Network.Bytes
-	Name           string          `json:"name"`    // of the network
+	Network        json.RawMessage `json:"network"`          // the list, as by Network.Bytes
+	Name           string          `json:"name"`             // of the network
+	Plugin         string          `json:"plugin,omitempty"` // its first, which makes the interface, for messages
 	ContainerID    string          `json:"containerID"`
 	NetNS          string          `json:"netns"` // the file that the namespace is pinned at
 	IfName         string          `json:"ifName"`
@@ -83,7 +84,11 @@ type Attachment struct {
 
 // Attachment gives the attachment of a namespace to n. Args and CapabilityArgs are the caller's to add.
 func (n *Network) Attachment(containerID, netns, ifName string) Attachment {
-	return Attachment{Network: n.Bytes(), Name: n.Name, ContainerID: containerID, NetNS: netns, IfName: ifName}
+	var plugin string
+	if len(n.list.Plugins) > 0 {
+		plugin = n.list.Plugins[0].Network.Type
+	}
+	return Attachment{Network: n.Bytes(), Name: n.Name, Plugin: plugin, ContainerID: containerID, NetNS: netns, IfName: ifName}
 }
 
 // Add runs ADD of every plugin and gives the result, converted from whatever CNI version the last plugin answered in.

@@ -13,6 +13,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
+func TestAttachmentNamesThePlugin(t *testing.T) {
+	if a := chain(t, "1.0.0", "macvlan", "portmap").Attachment("vm", here, "eth0"); a.Plugin != "macvlan" || a.Name != "net" {
+		t.Errorf("%q of %q", a.Plugin, a.Name)
+	}
+}
+
 func TestParse(t *testing.T) {
 	cases := map[string]struct {
 		in, want string // want is the list; empty: refused

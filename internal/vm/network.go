@@ -86,7 +86,7 @@ func (v *VM) add(ctx context.Context, a *cni.Attachment) (string, error) {
 		}
 		return "", errors.Join(err, v.record(func(j *Journal) { j.Attachments = j.Attachments[:len(j.Attachments)-1] }))
 	}
-	v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: a.Name, IfName: a.IfName, Result: result})
+	v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: a.Name, Plugin: a.Plugin, IfName: a.IfName, Result: result})
 	var ips []string
 	for _, ip := range result.IPs {
 		ips = append(ips, ip.Address.String())
