@@ -1,6 +1,7 @@
 package testnet
 
 import (
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -38,7 +39,12 @@ var plugins = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	dir := filepath.Join(cache, "virtlet", "cni-plugins-"+strings.TrimSpace(string(version)))
+	list := []string{
+		"ipam/host-local", "ipam/static", "main/bridge", "main/host-device", "main/loopback", "main/macvlan", "main/ptp", "main/tap",
+		"meta/bandwidth", "meta/firewall", "meta/portmap", "meta/sbr", "meta/tuning",
+	}
+	key := sha256.Sum256([]byte(strings.Join(list, " ")))
+	dir := filepath.Join(cache, "virtlet", fmt.Sprintf("cni-plugins-%s-%x", strings.TrimSpace(string(version)), key[:6]))
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
@@ -51,10 +57,7 @@ var plugins = sync.OnceValues(func() (string, error) {
 	}
 	defer os.RemoveAll(tmp)
 	args := []string{"build", "-o", tmp + "/"}
-	for _, p := range []string{
-		"ipam/host-local", "ipam/static", "main/bridge", "main/host-device", "main/loopback", "main/macvlan", "main/ptp",
-		"meta/bandwidth", "meta/firewall", "meta/portmap", "meta/sbr", "meta/tuning",
-	} {
+	for _, p := range list {
 		args = append(args, module+"/plugins/"+p)
 	}
 	if out, err := online("go", args...).CombinedOutput(); err != nil {
