@@ -51,7 +51,7 @@ type way struct {
 }
 
 // ways has every datapath. A new one has a row here, a case in [Join.hooks], and the kinds of links that it serves in
-// datapathOf; Detach knows none of them, as it compares links with what they were.
+// newJoin; Detach knows none of them, as it compares links with what they were.
 var ways = map[Datapath]way{
 	Bridged:    {(*attempt).openBridge, (*attempt).joinBridge, (*attempt).upBridge},
 	Redirected: {(*attempt).openRedirect, (*attempt).joinRedirect, (*attempt).upRedirect},

@@ -44,9 +44,10 @@ func addPod(t testing.TB, node *testnet.Node, spec testnet.PodSpec) (pod *testne
 // linkKinds are what a pod's eth0 is in tests; each is joined by a datapath of its own.
 var linkKinds = []string{"veth", "macvlan", "tap"}
 
-// forLinkKinds runs a test for each.
+// forLinkKinds runs a test for each, beside other tests.
 func forLinkKinds(t *testing.T, test func(t *testing.T, kind string)) {
 	t.Helper()
+	t.Parallel()
 	for _, kind := range linkKinds {
 		t.Run(kind, func(t *testing.T) { t.Parallel(); test(t, kind) })
 	}

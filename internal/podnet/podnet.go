@@ -66,7 +66,7 @@ const (
 
 func (j Join) datapath() Datapath { return cmp.Or(j.Datapath, Bridged) }
 
-// Port is one NIC, ready for a guest. The caller owns the files: they go to QEMU, and the TAP ends when the last
+// Port is one NIC, ready for a guest. The caller owns the files: they go to QEMU, and a TAP of ours ends when the last
 // copy is closed.
 type Port struct {
 	NIC   nic.NIC

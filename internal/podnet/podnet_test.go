@@ -206,7 +206,6 @@ func testDetachRestoresExactly(t *testing.T, kind string, shape func(*testing.T,
 	}
 }
 
-// Next hops that are not one gateway of the route's own family are seen as what they are.
 // A route may have an address as its source only when the kernel knows that nobody else has it. The ptp plugin makes such.
 func TestDetachRestoresRoutesWithASource(t *testing.T) {
 	node := testnet.NewNode(t, gw4, gw6)
@@ -229,6 +228,7 @@ func TestDetachRestoresRoutesWithASource(t *testing.T) {
 	}
 }
 
+// Next hops that are not one gateway of the route's own family are seen as what they are.
 func TestObserveNextHops(t *testing.T) {
 	t.Parallel()
 	node := testnet.NewNode(t, gw4, gw6)
