@@ -398,6 +398,50 @@ func TestBootOnTwoNetworks(t *testing.T) {
 	l.virtlet("rm", "-f", "router")
 }
 
+// A macvlan keeps its MAC, and is joined without a bridge.
+func TestBootOnMacvlan(t *testing.T) {
+	l := newLab(t)
+	conf := t.TempDir()
+	for _, args := range []string{ // addresses that no other test's bridge has: those stay
+		"link add up0 type veth peer name lan0", "link set up0 up", "link set lan0 up", "addr add 192.0.2.1/24 dev lan0",
+		"addr add 2001:db8:2::1/64 dev lan0 nodad",
+	} {
+		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %s: %v: %s", args, err, out)
+		}
+	}
+	t.Cleanup(func() { exec.Command("ip", "link", "del", "lan0").Run() })
+	list := `{"cniVersion":"1.0.0","name":"lan","plugins":[{"type":"macvlan","master":"up0","mode":"bridge","mtu":1400,"ipam":{"type":"static",
+		"addresses":[{"address":"192.0.2.2/24","gateway":"192.0.2.1"},{"address":"2001:db8:2::2/64","gateway":"2001:db8:2::1"}],
+		"routes":[{"dst":"0.0.0.0/0"},{"dst":"::/0"}]}}]}`
+	if err := os.WriteFile(filepath.Join(conf, "lan.conflist"), []byte(list), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	l.virtlet(l.run(conf, "virtlet.wait6", "-d", "--name", "mac")...)
+	st, r := l.state("mac"), l.report("mac")
+	same(t, st, r)
+	answered(t, st, r)
+	same6(t, st, st.NICs[0], r.NICs[0])
+	if p := st.Ports[0]; p.Datapath != podnet.Redirected || p.Bridge != "" {
+		t.Errorf("joined by %+v", p.Join)
+	}
+	for _, to := range []string{testnet.Addr(t, st.NICs[0], 4).String(), "[" + testnet.Addr(t, st.NICs[0], 6).String() + "]"} {
+		if get(t, to) == "" {
+			t.Errorf("the guest has no page at %s", to)
+		}
+	}
+	shown := l.virtlet("inspect", "--rules", "mac")
+	for _, want := range []string{"redirect to and from eth0", "ingress vlttap0: every frame: forward to eth0"} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("inspect does not show %q:\n%s", want, shown)
+		}
+	}
+	if checked := l.virtlet("inspect", "--check", "mac"); !strings.Contains(checked, "in order: the guest is joined as it was") {
+		t.Errorf("inspect --check: %s", checked)
+	}
+	l.virtlet("rm", "-f", "mac")
+}
+
 // A pod without any IPv4.
 func TestBootOnIPv6Alone(t *testing.T) {
 	l := newLab(t)
