@@ -147,7 +147,7 @@ func TestDefault(t *testing.T) {
 }
 
 // write makes files below dir; a path that ends in / is a folder.
-func write(t *testing.T, dir string, files map[string]string) {
+func write(t testing.TB, dir string, files map[string]string) {
 	t.Helper()
 	for name, content := range files {
 		path := filepath.Join(dir, name)

@@ -87,11 +87,24 @@ func (v *VM) add(ctx context.Context, a *cni.Attachment) (string, error) {
 		return "", errors.Join(err, v.record(func(j *Journal) { j.Attachments = j.Attachments[:len(j.Attachments)-1] }))
 	}
 	v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: a.Name, Plugin: a.Plugin, IfName: a.IfName, Result: result})
+	v.delegates(a)
 	var ips []string
 	for _, ip := range result.IPs {
 		ips = append(ips, ip.Address.String())
 	}
 	return strings.Join(append([]string{a.IfName}, ips...), " "), nil
+}
+
+// delegates adds what the networks have answered that Multus attached and kept to itself. The namespace tells all but their
+// order, names and DNS, so an error is no more than a note.
+func (v *VM) delegates(a *cni.Attachment) {
+	all, err := a.Delegates()
+	if err != nil {
+		v.note(fmt.Sprintf("what Multus attached beside its default network is known by the namespace alone, without name servers: %v", err))
+	}
+	for _, d := range all {
+		v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: d.Network, IfName: d.IfName, Result: d.Result})
+	}
 }
 
 // attach plans the guest's NICs from what the networks said and what is in the namespace, and joins each to a TAP.

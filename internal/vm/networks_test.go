@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -73,4 +74,33 @@ func TestTools(t *testing.T) {
 	if got := cni.Default(t.TempDir()).MissingTools(); !slices.Equal(got, []string{"iptables", "nft"}) {
 		t.Errorf("missing: %v", got)
 	}
+}
+
+// What Multus keeps to itself is worth a note when it cannot be read, and no failure. The boot test of Multus has the rest.
+func TestMultusWithoutItsFiles(t *testing.T) {
+	s := testStore(t)
+	cfg := testConfig(t, s, "multus")
+	scripted(t, &cfg, "multus", "exec "+filepath.Join(testnet.Plugins(t), "ptp"))
+	n, err := cni.Parse("x", fmt.Appendf(nil, `{"cniVersion":"1.0.0","name":"pods","type":"multus","cniDir":%q,
+		"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"198.51.100.0/24"}]]}}`, t.TempDir(), t.TempDir()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Networks = []cni.Attachment{n.Attachment("", "", "eth0")}
+	before := machineState(t, s)
+	v, err := Start(context.Background(), s, cfg, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if notes := v.Notes(); !slices.ContainsFunc(notes, func(n string) bool { return strings.Contains(n, "what Multus attached beside") }) {
+		t.Errorf("notes: %q", notes)
+	}
+	v.Kill()
+	if _, err := v.Wait(); err != nil {
+		t.Error(err)
+	}
+	if err := s.Remove(context.Background(), "multus", false); err != nil {
+		t.Error(err)
+	}
+	nothingLeft(t, s, before)
 }
