@@ -76,7 +76,7 @@ func TestTools(t *testing.T) {
 	}
 }
 
-// What Multus keeps to itself is worth a note when it cannot be read, and no failure. The boot test of Multus has the rest.
+// What Multus keeps to itself is worth a note when it cannot be read, and no failure. TestMultusGuest of test/lab has the rest.
 func TestMultusWithoutItsFiles(t *testing.T) {
 	s := testStore(t)
 	cfg := testConfig(t, s, "multus")

@@ -113,6 +113,13 @@ func (n *node) tryPod(t *testing.T, r request) (*pod, error) {
 			return p, err
 		}
 		p.attachments = append(p.attachments, a)
+		more, err := a.Delegates()
+		if err != nil {
+			return p, err
+		}
+		for _, d := range more {
+			p.results = append(p.results, nic.Attachment{Network: d.Network, IfName: d.IfName, Result: d.Result})
+		}
 	}
 	return p, nil
 }
