@@ -16,24 +16,6 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
-// recorded is a file of testdata: what plugins answered, what the namespace was like, and what the guest is to get.
-type recorded struct {
-	About       string `json:"about"`
-	Attachments []struct {
-		Network string          `json:"network"`
-		IfName  string          `json:"ifName"`
-		Result  json.RawMessage `json:"result"` // as the plugin printed it, of any version; left out: nil
-	} `json:"attachments"`
-	Snapshot Snapshot `json:"snapshot"`
-	Want     want     `json:"want"`
-	WantErr  string   `json:"wantErr"` // part of the error
-}
-
-type want struct {
-	NICs  []NIC    `json:"nics"`
-	Notes []string `json:"notes"`
-}
-
 var equal = cmp.Options{cmpopts.EquateEmpty(), cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})}
 
 // TestPlanOfRecordedStates runs every file of testdata. A user's state becomes a test when it is put there. Of those
@@ -48,7 +30,7 @@ func TestPlanOfRecordedStates(t *testing.T) {
 				wantError(t, err, r.WantErr)
 				return
 			}
-			got := want{NICs: nics, Notes: notes}
+			got := Want{NICs: nics, Notes: notes}
 			if diff := cmp.Diff(r.Want, got, equal); diff != "" {
 				b, _ := json.Marshal(got)
 				t.Errorf("%s\n-want +got:\n%s\ngot, to copy where it is right:\n%s", r.About, diff, b)
@@ -66,13 +48,13 @@ func glob(t testing.TB) []string {
 	return files
 }
 
-func load(t testing.TB, file string) (recorded, []Attachment) {
+func load(t testing.TB, file string) (Recording, []Attachment) {
 	t.Helper()
 	b, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var r recorded
+	var r Recording
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&r); err != nil {
