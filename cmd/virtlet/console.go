@@ -159,14 +159,15 @@ func (s *seconds) Set(text string) error {
 }
 
 func (a *app) gcCmd() *cobra.Command {
-	var dryRun bool
+	var o vm.CleanOptions
 	var plugins []string
 	cmd := a.withJSON(&cobra.Command{
 		Use: "gc", Short: "Remove what killed runs left behind", Args: args(cobra.NoArgs),
-		Long:    "Finds VMs whose supervisor was killed and removes their QEMU, network namespace, CNI attachments, sockets and disks. VMs that run or have stopped in order stay.",
-		Example: "  virtlet gc --dry-run\n  virtlet gc",
+		Long:    "Finds VMs whose supervisor was killed and removes their QEMU, network namespace, CNI attachments, sockets and disks. VMs that run or have stopped in order stay. What a CNI plugin fails to undo is tried again by the next gc, unless --force forgets it.",
+		Example: "  virtlet gc --dry-run\n  virtlet gc\n  virtlet gc --force",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			found, err := a.store.Clean(cmd.Context(), pluginDirs(plugins), dryRun)
+			o.Plugins = pluginDirs(plugins)
+			found, err := a.store.Clean(cmd.Context(), o)
 			if a.json {
 				if found == nil {
 					found = []vm.Leftover{}
@@ -175,7 +176,7 @@ func (a *app) gcCmd() *cobra.Command {
 			}
 			for _, l := range found {
 				verb := "removed"
-				if dryRun {
+				if o.DryRun {
 					verb = "would remove"
 				}
 				if err != nil {
@@ -186,7 +187,8 @@ func (a *app) gcCmd() *cobra.Command {
 			return err
 		},
 	})
-	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "only say what would be removed")
+	cmd.Flags().BoolVar(&o.DryRun, "dry-run", false, "only say what would be removed")
+	cmd.Flags().BoolVarP(&o.Force, "force", "f", false, "forget attachments whose plugin fails to undo them; what it holds may stay")
 	cmd.Flags().StringArrayVar(&plugins, "cni-bin-dir", nil, "CNI plugins; repeatable")
 	return cmd
 }

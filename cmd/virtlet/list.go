@@ -127,21 +127,32 @@ func ports(st vm.State) []string {
 }
 
 func (a *app) inspectCmd() *cobra.Command {
-	var rules, check bool
+	var rules, check, snapshot bool
 	cmd := a.withJSON(&cobra.Command{
-		Use: "inspect [--rules] [--check] NAME", Short: "Show all that is known of a VM", Args: args(cobra.ExactArgs(1)),
+		Use: "inspect [--rules | --check | --snapshot] NAME", Short: "Show all that is known of a VM", Args: args(cobra.ExactArgs(1)),
 		ValidArgsFunction: a.vmNames,
 		Long: `Shows a VM's configuration, what its networks answered, its NICs and how they are joined, its leases, what was dropped and
 why, and QEMU's command line. With --check it asks the CNI plugins of a running VM instead whether all is as they made it
 (CNI CHECK), and looks at the joins to the guest. Plugins miss the MAC and the addresses that the guest has; that is told
-apart from what is wrong, for which the exit code is 1.`,
-		Example: "  virtlet inspect web\n  virtlet inspect --rules web\n  virtlet inspect --check web\n  virtlet inspect --json web | jq '.counters[].dropped'",
+apart from what is wrong, for which the exit code is 1.
+
+With --snapshot it writes the network alone, as JSON, for a bug report: as it was when the plugins had configured it and
+virtlet had not changed it yet, also of a VM that has stopped; while the VM runs, with the node's links that lead to it. In it are
+  the names of networks, plugins and links; MAC and IP addresses, routes and network settings (sysctls) of the VM's
+  namespace and of those links of the node; name servers and search domains of the CNI result
+Not in it are
+  plugin configurations (tokens, keys, kubeconfig, addresses of datastores), arguments of the plugins, published ports, the
+  names of the VM and of the node, images, user-data, SSH keys
+Rename what your networks' names and search domains give away.`,
+		Example: "  virtlet inspect web\n  virtlet inspect --rules web\n  virtlet inspect --check web\n  virtlet inspect --snapshot web >web-network.json\n  virtlet inspect --json web | jq '.counters[].dropped'",
 		RunE: func(cmd *cobra.Command, names []string) error {
-			if check && rules {
-				return usage(cmd, errors.New("--check shows no rules: leave out one of --check and --rules"))
-			}
-			if check {
+			switch {
+			case check && rules, check && snapshot, rules && snapshot:
+				return usage(cmd, errors.New("--rules, --check and --snapshot each show something else: choose one"))
+			case check:
 				return a.checkNetworks(cmd.Context(), names[0])
+			case snapshot:
+				return a.writeSnapshot(names[0])
 			}
 			st, err := a.store.Get(names[0])
 			if err != nil {
@@ -167,7 +178,17 @@ apart from what is wrong, for which the exit code is 1.`,
 	})
 	cmd.Flags().BoolVar(&rules, "rules", false, "show the filters too: what they look for, and how often they found it")
 	cmd.Flags().BoolVar(&check, "check", false, "ask the CNI plugins whether all is as they made it (CNI CHECK)")
+	cmd.Flags().BoolVar(&snapshot, "snapshot", false, "write the network as its plugins left it, as JSON, for a bug report or a test")
 	return cmd
+}
+
+// writeSnapshot writes the network of a VM as a file, as far as it is known.
+func (a *app) writeSnapshot(name string) error {
+	r, err := a.store.Recording(name)
+	if r.About == "" {
+		return err
+	}
+	return errors.Join(a.printJSON(r), err)
 }
 
 // checkNetworks shows what every plugin has to say. What is wrong is the error.

@@ -91,6 +91,23 @@ func (n *Network) Attachment(containerID, netns, ifName string) Attachment {
 	return Attachment{Network: n.Bytes(), Name: n.Name, Plugin: plugin, ContainerID: containerID, NetNS: netns, IfName: ifName}
 }
 
+// Types gives the types of the plugins of a's network, in the order of the chain.
+func (a Attachment) Types() []string {
+	var list struct {
+		Plugins []struct {
+			Type string `json:"type"`
+		} `json:"plugins"`
+	}
+	if json.Unmarshal(a.Network, &list) != nil {
+		return nil // it was no list of ours
+	}
+	var types []string
+	for _, p := range list.Plugins {
+		types = append(types, p.Type)
+	}
+	return types
+}
+
 // Add runs ADD of every plugin and gives the result, converted from whatever CNI version the last plugin answered in.
 // Interface indices, names and addresses in it are not checked. When a plugin fails, Add runs Del, also when ctx is
 // done, and joins its error as an [*UndoError]. Errors before the first plugin ran change nothing: [ErrMissing], [ErrAttached], a
@@ -242,28 +259,6 @@ func (r *Runtime) Validate(ctx context.Context, n *Network) error {
 	return plain("VERSION", n, err)
 }
 
-// Cached gives what the cache says is attached, in the order of the file names. A file that is no entry is an error and
-// does not hide the rest.
-func (r *Runtime) Cached() ([]Attachment, error) {
-	out, err := r.entries("")
-	if err != nil {
-		return nil, err
-	}
-	dir := filepath.Dir(r.cacheFile(Attachment{}))
-	files, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return out, fmt.Errorf("read the CNI cache: %w", err)
-	}
-	var errs []error
-	for _, f := range files {
-		path := filepath.Join(dir, f.Name())
-		if !slices.ContainsFunc(out, func(a Attachment) bool { return r.cacheFile(a) == path }) {
-			errs = append(errs, fmt.Errorf("read the CNI cache: %s is not an entry of it (a crash while it was written leaves one)", path))
-		}
-	}
-	return out, errors.Join(errs...)
-}
-
 // Missing gives the plugins of n, those for addresses included, that no directory of BinDirs has: each once, in the
 // order of the list.
 func (r *Runtime) Missing(n *Network) []string {
@@ -299,57 +294,9 @@ func (r *Runtime) runner(n *Network, verb string) *runner {
 	return &runner{network: n.Name, verb: verb, version: n.Version, stderr: r.Stderr}
 }
 
-// noCache is a directory that is never made: libcni finds nothing there and has nothing to remove. It has to be
-// missing, not unreadable: GC would end there without an error.
-func (r *Runtime) noCache() string { return filepath.Join(r.CacheDir, "none") }
-
 // libcni gives libcni with a cache in dir.
 func (r *Runtime) libcni(run *runner, dir string) *libcni.CNIConfig {
 	return libcni.NewCNIConfigWithCacheDir(r.BinDirs, dir, run)
-}
-
-// cacheFile is where libcni keeps a. It joins the names with "-", which they may contain: two attachments can share a
-// file.
-func (r *Runtime) cacheFile(a Attachment) string {
-	return filepath.Join(r.CacheDir, "results", strings.Join([]string{a.Name, a.ContainerID, a.IfName}, "-"))
-}
-
-// lookup gives what the cache has for a, or a itself and false.
-func (r *Runtime) lookup(a Attachment) (Attachment, bool) {
-	all, _ := r.entries(a.ContainerID) // an unreadable cache is as good as none
-	for _, c := range all {
-		if c.Name == a.Name && c.IfName == a.IfName && c.ContainerID == a.ContainerID {
-			return c, true
-		}
-	}
-	return a, false
-}
-
-// owns says whether the cache file of a is not another attachment's.
-func (r *Runtime) owns(a Attachment, mine bool) bool {
-	if mine {
-		return true
-	}
-	all, err := r.entries("")
-	return err == nil && !slices.ContainsFunc(all, func(c Attachment) bool { return r.cacheFile(c) == r.cacheFile(a) })
-}
-
-func (r *Runtime) entries(containerID string) ([]Attachment, error) {
-	if r.CacheDir == "" {
-		return nil, fmt.Errorf("read the CNI cache: %w", errNoCache)
-	}
-	all, err := r.libcni(&runner{}, r.CacheDir).GetCachedAttachments(containerID)
-	if err != nil {
-		return nil, fmt.Errorf("read the CNI cache: %w", err)
-	}
-	var out []Attachment
-	for _, c := range all {
-		out = append(out, Attachment{
-			Network: c.Config, Name: c.Network, ContainerID: c.ContainerID, NetNS: c.NetNS, IfName: c.IfName,
-			Args: c.CniArgs, CapabilityArgs: c.CapabilityArgs,
-		})
-	}
-	return out, nil
 }
 
 // open checks a and gives it as libcni wants it.

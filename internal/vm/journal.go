@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -27,7 +28,9 @@ type Journal struct {
 	Attachments []cni.Attachment `json:"attachments,omitempty"`
 	Plugins     Plugins          `json:"plugins,omitzero"` // where the plugins of the attachments are
 	Network     *podnet.Record   `json:"network,omitempty"`
-	QEMU        *Process         `json:"qemu,omitempty"`
+	// NodeLinks are what the plugins have made on the node for this VM: seen after ADD, to see what DEL has left.
+	NodeLinks []podnet.NodeLink `json:"nodeLinks,omitempty"`
+	QEMU      *Process          `json:"qemu,omitempty"`
 }
 
 // Process names a process so that a reused number is told apart.
@@ -49,27 +52,61 @@ func (s Store) writeJournal(name string, j *Journal) error {
 
 // undo takes back what the journal of a VM says, and then the journal itself. It never stops early, takes what is gone
 // already as done, and may be called again. With force a CNI plugin that fails is an error, but does not keep the
-// journal. The VM's lock is held.
-func (s Store) undo(ctx context.Context, name string, force bool) error {
+// journal. left are sentences about what plugins without an error have left on the node: nobody tries again, so the user
+// is told. The VM's lock is held.
+func (s Store) undo(ctx context.Context, name string, force bool) (left []string, err error) {
 	var j Journal
-	err := readJSON(s.data(name, "journal.json"), &j)
+	err = readJSON(s.data(name, "journal.json"), &j)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return nil, nil
 	}
 	if err != nil && force {
-		return s.undoUnread(name, err)
+		return nil, s.undoUnread(name, err)
 	}
 	if err != nil {
-		return fmt.Errorf("undo VM %s (virtlet rm -f %[1]s does what can be done without it): %w", name, err)
+		return nil, fmt.Errorf("undo VM %s (virtlet rm -f %[1]s does what can be done without it): %w", name, err)
 	}
 	own, plugins := s.undoJournal(ctx, j)
+	left, err = j.leftOnNode()
+	own = errors.Join(own, err)
 	if err := errors.Join(own, plugins); err != nil && (own != nil || !force) {
-		return fmt.Errorf("undo VM %s (virtlet gc tries it again, virtlet rm -f %[1]s without insisting): %w", name, err)
+		return left, fmt.Errorf("undo VM %s (virtlet gc tries it again, virtlet rm -f %[1]s without insisting): %w", name, err)
 	}
 	if plugins != nil {
 		plugins = fmt.Errorf("removed VM %s, but a CNI plugin may have left something: %w", name, plugins)
 	}
-	return errors.Join(plugins, os.Remove(s.data(name, "journal.json")))
+	return left, errors.Join(plugins, os.Remove(s.data(name, "journal.json")))
+}
+
+// removal is how long links may take to go with their namespace, which the kernel removes in the background.
+const removal = 3 * time.Second
+
+// leftOnNode looks for links that the plugins have made on the node and that neither DEL nor the end of the namespace has
+// taken away.
+func (j *Journal) leftOnNode() ([]string, error) {
+	if len(j.NodeLinks) == 0 {
+		return nil, nil
+	}
+	var links []podnet.NodeLink
+	for end := time.Now().Add(removal); ; time.Sleep(10 * time.Millisecond) {
+		var err error
+		if links, err = podnet.Left(j.NodeLinks); err != nil {
+			return nil, err
+		}
+		if len(links) == 0 || time.Now().After(end) {
+			break
+		}
+	}
+	var networks []string
+	for _, a := range j.Attachments {
+		networks = append(networks, a.Name)
+	}
+	var left []string
+	for _, l := range links {
+		left = append(left, fmt.Sprintf("link %s (%s) is left on the node: the plugins of %s made it and have not removed it; if nothing needs it: ip link del %[1]s",
+			l.Name, l.Kind, strings.Join(networks, ", ")))
+	}
+	return left, nil
 }
 
 // undoUnread does without a journal that cannot be read: it removes the namespace that has the VM's name, and says that

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -165,8 +166,9 @@ func (s Store) clean(ctx context.Context, name string, force, onlyDead bool) err
 	if onlyDead && unread == nil && s.inOrder(name, st) {
 		return fmt.Errorf("VM %q: %w", name, ErrNotFound)
 	}
-	err = s.undo(ctx, name, force)
-	if _, left := os.Stat(s.data(name, "journal.json")); left == nil {
+	left, err := s.undo(ctx, name, force)
+	err = errors.Join(err, sentences(left))
+	if _, still := os.Stat(s.data(name, "journal.json")); still == nil {
 		return err
 	}
 	if onlyDead && unread == nil && st.Status == Stopped {
@@ -174,6 +176,14 @@ func (s Store) clean(ctx context.Context, name string, force, onlyDead bool) err
 		return errors.Join(err, s.writeLast(st))
 	}
 	return errors.Join(err, s.erase(name))
+}
+
+// sentences is an error of what nobody undoes any more; nil if there is nothing.
+func sentences(left []string) error {
+	if len(left) == 0 {
+		return nil
+	}
+	return errors.New(strings.Join(left, "\n"))
 }
 
 // inOrder says whether a VM has ended with everything undone.
@@ -188,10 +198,17 @@ type Leftover struct {
 	What string `json:"what"`
 }
 
+// CleanOptions says how [Store.Clean] cleans.
+type CleanOptions struct {
+	Plugins Plugins // where the CNI plugins of attachments may be that are in nobody's journal
+	DryRun  bool    // only find
+	Force   bool    // a plugin that fails is an error, but its attachment is forgotten
+}
+
 // Clean finds what dead runs left and removes it: VMs whose supervisor was killed, with their QEMU, namespace, CNI
-// attachments and files, and attachments in libcni's cache that belong to no VM. With dryRun it only finds. Living VMs
-// and those that stopped in order stay. plugins are where the CNI plugins of forgotten attachments may be.
-func (s Store) Clean(ctx context.Context, plugins Plugins, dryRun bool) (found []Leftover, err error) {
+// attachments and files, and attachments in libcni's cache that belong to no VM. Living VMs and those that stopped in
+// order stay.
+func (s Store) Clean(ctx context.Context, o CleanOptions) (found []Leftover, err error) {
 	// First the cache, then the VMs: an attachment is in its VM's journal before it is in the cache, so one that is cached
 	// now and in no journal afterwards is nobody's.
 	r := cni.Runtime{CacheDir: s.cniCache(), Timeout: undoTimeout}
@@ -205,7 +222,7 @@ func (s Store) Clean(ctx context.Context, plugins Plugins, dryRun bool) (found [
 		return nil, errors.Join(append(errs, err)...)
 	}
 	var living []string // container IDs
-	if !dryRun {
+	if !o.DryRun {
 		errs = append(errs, s.sweep())
 	}
 	for _, name := range names {
@@ -225,10 +242,15 @@ func (s Store) Clean(ctx context.Context, plugins Plugins, dryRun bool) (found [
 			continue
 		}
 		left := leftovers(name, st, j)
-		if !dryRun {
-			err := s.clean(ctx, name, false, true)
+		if !o.DryRun {
+			err := s.clean(ctx, name, o.Force, true)
 			if errors.Is(err, ErrRunning) || errors.Is(err, ErrNotFound) {
 				continue // somebody else was faster
+			}
+			if o.Force {
+				for _, a := range j.Attachments {
+					err = errors.Join(err, r.Forget(a))
+				}
 			}
 			errs = append(errs, err)
 		}
@@ -243,9 +265,13 @@ func (s Store) Clean(ctx context.Context, plugins Plugins, dryRun bool) (found [
 			continue
 		}
 		found = append(found, Leftover{What: fmt.Sprintf("CNI attachment %s of container %s to network %s", a.IfName, a.ContainerID, a.Name)})
-		if !dryRun {
-			r.BinDirs = plugins.For(a.Name)
-			errs = append(errs, r.Del(ctx, a))
+		if !o.DryRun {
+			r.BinDirs = o.Plugins.For(a.Name)
+			err := r.Del(ctx, a)
+			if err != nil && o.Force {
+				err = errors.Join(fmt.Errorf("forgot CNI attachment %s of container %s to network %s, but a CNI plugin may have left something: %w", a.IfName, a.ContainerID, a.Name, err), r.Forget(a))
+			}
+			errs = append(errs, err)
 		}
 	}
 	return found, errors.Join(errs...)

@@ -70,7 +70,7 @@ exec `+testnet.Plugins(t)+`/firewall`)
 	if err := os.WriteFile(mark, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if found, err := s.Clean(context.Background(), cfg.Plugins, false); err != nil || len(found) == 0 {
+	if found, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins}); err != nil || len(found) == 0 {
 		t.Errorf("gc: %v, %v", found, err)
 	}
 	if st, err := s.Get("sticky"); err != nil || st.Status != Stopped || st.Left != "" {
@@ -79,7 +79,7 @@ exec `+testnet.Plugins(t)+`/firewall`)
 	if _, err := os.Stat(s.data("sticky", consoleLog)); err != nil {
 		t.Errorf("gc took the log of a VM that has stopped: %v", err)
 	}
-	if found, err := s.Clean(context.Background(), cfg.Plugins, false); err != nil || len(found) > 0 {
+	if found, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins}); err != nil || len(found) > 0 {
 		t.Errorf("second gc: %v, %v", found, err)
 	}
 	if err := s.Remove(context.Background(), "sticky", false); err != nil {
@@ -97,7 +97,7 @@ func TestCleanWithAnotherRunDirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := Store{Run: s.Run + "-other", Data: s.Data}
-	if found, err := other.Clean(context.Background(), cfg.Plugins, false); err != nil || len(found) > 0 {
+	if found, err := other.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins}); err != nil || len(found) > 0 {
 		t.Errorf("gc: %v, %v", found, err)
 	}
 	if err := other.Remove(context.Background(), "lives", false); !errors.Is(err, ErrRunning) {
@@ -158,7 +158,7 @@ func TestUnreadableJournal(t *testing.T) {
 	if err := os.WriteFile(s.data("torn", "journal.json"), []byte(`{"netns":`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Clean(context.Background(), cfg.Plugins, false); err == nil || !strings.Contains(err.Error(), "virtlet rm -f torn") {
+	if _, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins}); err == nil || !strings.Contains(err.Error(), "virtlet rm -f torn") {
 		t.Errorf("gc: %v, want one that says what to do", err)
 	}
 	if st, err := s.Get("torn"); err != nil || st.Status != Dead {
@@ -167,7 +167,7 @@ func TestUnreadableJournal(t *testing.T) {
 	if err := s.Remove(context.Background(), "torn", true); err == nil || !strings.Contains(err.Error(), "without its journal") {
 		t.Errorf("rm -f: %v, want one that says what may be left", err)
 	}
-	if found, err := s.Clean(context.Background(), cfg.Plugins, false); err != nil || len(found) > 0 && found[0].VM != "" {
+	if found, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins}); err != nil || len(found) > 0 && found[0].VM != "" {
 		t.Errorf("gc of what is cached: %v, %v", found, err)
 	}
 	nothingLeft(t, s, before)
@@ -183,7 +183,7 @@ func TestUnreadableCache(t *testing.T) {
 	if err := os.WriteFile(bad, []byte(`{"kind":`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	found, err := s.Clean(context.Background(), cfg.Plugins, false)
+	found, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins})
 	if err == nil || !strings.Contains(err.Error(), filepath.Base(bad)) {
 		t.Errorf("gc: %v, want one that names the file", err)
 	}
@@ -214,7 +214,7 @@ func TestPortsOfADeadVM(t *testing.T) {
 	} else if !strings.Contains(err.Error(), `"dead"`) {
 		t.Errorf("start: %v", err)
 	}
-	if _, err := s.Clean(context.Background(), cfg.Plugins, false); err != nil {
+	if _, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins}); err != nil {
 		t.Error(err)
 	}
 	v, err := Start(context.Background(), s, next, nil)

@@ -41,6 +41,9 @@ func (v *VM) enter() (string, error) {
 		return "", err
 	}
 	v.state.NetNS = path
+	if v.before, err = podnet.NodeLinks(); err != nil {
+		return "", err
+	}
 	if own {
 		if v.ns, err = netns.Create(filepath.Base(path)); errors.Is(err, netns.ErrExist) {
 			// Somebody made it since the look above: it is his, and not to be undone.
@@ -107,6 +110,24 @@ func (v *VM) delegates(a *cni.Attachment) {
 	}
 }
 
+// nodeLinks writes down which links of the node the plugins have made for this VM, to look for them after DEL.
+func (v *VM) nodeLinks() error {
+	if len(v.cfg.Networks) == 0 {
+		return nil // somebody else's plugins
+	}
+	var named []string
+	for _, r := range v.cfg.Results {
+		for _, i := range r.Result.Interfaces {
+			if i != nil && i.Sandbox == "" {
+				named = append(named, i.Name)
+			}
+		}
+	}
+	made, err := podnet.Made(v.ns, v.before, named)
+	v.journal.NodeLinks = made // written with the record that follows at once
+	return err
+}
+
 // attach plans the guest's NICs from what the networks said and what is in the namespace, and joins each to a TAP.
 func (v *VM) attach(ctx context.Context) (string, error) {
 	snap, err := podnet.Observe(v.ns)
@@ -116,6 +137,9 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 	nics, notes, err := nic.Plan(v.cfg.Results, snap)
 	v.note(notes...)
 	if err != nil {
+		return "", err
+	}
+	if err := errors.Join(v.nodeLinks(), v.keepRecording(snap, nics, notes)); err != nil {
 		return "", err
 	}
 	if err := addDNS(&nics[0].DNS, v.cfg.DNS, v.cfg.Search); err != nil {

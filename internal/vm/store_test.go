@@ -142,7 +142,7 @@ func TestStates(t *testing.T) {
 	if st, err := s.Get("web"); err != nil || st.Status != Dead {
 		t.Errorf("after a reboot: %+v, %v", st, err)
 	}
-	found, err := s.Clean(context.Background(), Plugins{}, false)
+	found, err := s.Clean(context.Background(), CleanOptions{})
 	if err != nil || len(found) != 1 {
 		t.Errorf("clean after a reboot: %v, %v", found, err)
 	}
@@ -223,7 +223,7 @@ func TestCleanBesideCreate(t *testing.T) {
 					return
 				default:
 				}
-				if found, err := s.Clean(context.Background(), Plugins{}, false); err != nil || len(found) > 0 {
+				if found, err := s.Clean(context.Background(), CleanOptions{}); err != nil || len(found) > 0 {
 					t.Errorf("found %v, %v", found, err)
 					return
 				}

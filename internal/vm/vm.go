@@ -42,6 +42,7 @@ type VM struct {
 	id      string // of this run, for CNI and cloud-init: random, never reused
 
 	media   *media
+	before  []podnet.NodeLink // what the node had before the plugins ran
 	ns      *netns.NS
 	ports   []*podnet.Port
 	servers []server // of each port
@@ -159,12 +160,12 @@ func (v *VM) abandon(ctx context.Context) error {
 		return v.media.Close()
 	}
 	err := v.stopServing()
-	err = errors.Join(err, v.store.undo(ctx, v.cfg.Name, false))
-	if err != nil {
+	left, uerr := v.store.undo(ctx, v.cfg.Name, false)
+	if err = errors.Join(err, uerr); err != nil {
 		// The journal stays, and with it the name, for gc.
 		return errors.Join(err, v.lock.release())
 	}
-	return errors.Join(v.store.erase(v.cfg.Name), v.lock.release())
+	return errors.Join(sentences(left), v.store.erase(v.cfg.Name), v.lock.release())
 }
 
 // stopServing ends QEMU and everything that this process does for it.

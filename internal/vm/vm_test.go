@@ -198,7 +198,7 @@ func TestLifeOfAVM(t *testing.T) {
 	if _, err := Start(context.Background(), s, cfg, nil); !errors.Is(err, ErrExists) {
 		t.Errorf("second start of the same name: %v", err)
 	}
-	if _, err := s.Clean(context.Background(), cfg.Plugins, false); err != nil {
+	if _, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins}); err != nil {
 		t.Errorf("gc beside a living VM: %v", err)
 	}
 	if st, _ := s.Get("life"); st.Status != Running {
@@ -388,13 +388,13 @@ touch `+mark)
 	if st, err := s.Get("later"); err != nil || st.Status != Dead {
 		t.Errorf("state %s, %v: it was forgotten", st.Status, err)
 	}
-	if _, err := s.Clean(context.Background(), cfg.Plugins, false); err == nil {
+	if _, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins}); err == nil {
 		t.Error("gc hides that the plugin still fails")
 	}
 	if err := os.WriteFile(mark+".ready", nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if found, err := s.Clean(context.Background(), cfg.Plugins, false); err != nil || len(found) == 0 {
+	if found, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins}); err != nil || len(found) == 0 {
 		t.Errorf("gc: %v, %v", found, err)
 	}
 	if _, err := os.Stat(mark); err != nil {
@@ -598,11 +598,11 @@ func TestKillAtEveryStep(t *testing.T) {
 		if err != nil && !reached {
 			t.Fatalf("point %d: %v", at, err)
 		}
-		if _, err := s.Clean(context.Background(), cfg.Plugins, true); err != nil {
+		if _, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins, DryRun: true}); err != nil {
 			t.Errorf("point %d: gc --dry-run: %v", at, err)
 		}
 		for range 2 {
-			if _, err := s.Clean(context.Background(), cfg.Plugins, false); err != nil {
+			if _, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins}); err != nil {
 				t.Fatalf("point %d: gc: %v", at, err)
 			}
 		}
@@ -630,7 +630,7 @@ func TestSupervisorKilledWhileRunning(t *testing.T) {
 	if _, err := s.Stop(context.Background(), cfg.Name, time.Second); !errors.Is(err, ErrStopped) || !strings.Contains(err.Error(), "gc") {
 		t.Errorf("stop of a dead VM: %v", err)
 	}
-	found, err := s.Clean(context.Background(), cfg.Plugins, true)
+	found, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins, DryRun: true})
 	if err != nil || len(found) < 3 {
 		t.Errorf("gc --dry-run: %v, %v", found, err)
 	}

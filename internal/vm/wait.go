@@ -96,7 +96,15 @@ func (v *VM) supervise() {
 	button.Go(v.keepPressing)
 	v.exit = v.awaitEnd()
 	button.Wait()
-	v.err = errors.Join(v.stopServing(), v.store.undo(context.Background(), v.cfg.Name, false))
+	v.err = v.stopServing()
+	left, err := v.store.undo(context.Background(), v.cfg.Name, false)
+	v.err = errors.Join(v.err, err)
+	v.note(left...)
+	for _, l := range left {
+		if v.cfg.Log != nil {
+			v.cfg.Log.Warn(l, "vm", v.cfg.Name)
+		}
+	}
 	for _, file := range []string{"disk.qcow2", "seed.iso"} { // what only a running guest needs
 		if err := os.Remove(v.store.data(v.cfg.Name, file)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			v.err = errors.Join(v.err, err)
