@@ -74,7 +74,8 @@ func (g *Namespace) Plug(n nic.NIC, tap *os.File) {
 	})
 }
 
-// Configure gives the guest's link the addresses and routes of the NIC, as its DHCP client would.
+// Configure gives the guest's link the addresses and routes of the NIC, as its DHCP client would. Of two default routes of one
+// metric the guest has both, and that of the NIC which was configured first counts.
 func (n *Namespace) Configure(nc nic.NIC) {
 	n.t.Helper()
 	h := n.Link()
@@ -90,7 +91,7 @@ func (n *Namespace) Configure(nc nic.NIC) {
 		} else {
 			kr.Gw = r.Gw.AsSlice()
 		}
-		check(n.t, h.RouteAdd(kr))
+		check(n.t, h.RouteAppend(kr))
 	}
 }
 

@@ -27,6 +27,9 @@ func Isolate(m *testing.M, after ...func(code int) int) {
 		for _, f := range after {
 			code = f(code)
 		}
+		if scratch != "" {
+			os.RemoveAll(scratch)
+		}
 		os.Exit(code)
 	}
 	if os.Geteuid() != 0 {

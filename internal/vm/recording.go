@@ -26,9 +26,11 @@ func (v *VM) keepRecording(snap nic.Snapshot, nics []nic.NIC, notes []string) er
 		Attachments: []nic.Answer{}, Snapshot: snap, Want: nic.Want{NICs: slices.Clone(nics), Notes: notes},
 	}
 	var types []string
-	for i, a := range v.cfg.Results {
+	for _, a := range v.cfg.Results {
 		answer := nic.Answer{Network: a.Network, IfName: a.IfName}
-		if i < len(v.cfg.Networks) {
+		// Of what Multus attached by itself no more than the result is known.
+		i := slices.IndexFunc(v.cfg.Networks, func(n cni.Attachment) bool { return n.Name == a.Network && n.IfName == a.IfName })
+		if i >= 0 {
 			n := v.cfg.Networks[i]
 			answer.Plugins = n.Types()
 			types = append(types, strings.Join(answer.Plugins, ", "))

@@ -136,6 +136,11 @@ func (p *pod) delete(t *testing.T) {
 		if (err != nil) != p.request.dead {
 			t.Errorf("DEL of %s: %v", a.Name, err)
 		}
+		if p.request.dead {
+			if err := p.node.cni.Forget(a); err != nil {
+				t.Error(err)
+			}
+		}
 	}
 }
 
