@@ -2,11 +2,14 @@ package vm
 
 import (
 	"context"
+	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/virtlet/virtlet/internal/cni"
 	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
@@ -108,5 +111,83 @@ echo '{"code":100,"msg":"chain is referenced"}'; exit 1`)
 		}
 	}
 	os.RemoveAll(s.cniCache()) // directories alone
+	nothingLeft(t, s, before)
+}
+
+// genie puts the VM on what was recorded of CNI-Genie, whose DEL always fails and leaves a link in the namespace.
+func genie(t *testing.T, cfg *Config, recording string) {
+	t.Helper()
+	path, err := filepath.Abs("../../test/lab/testdata/" + recording + ".json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := testnet.ReplayAs(t, "genie", map[string]any{"recording": path, "dataDir": t.TempDir()})
+	net, err := cni.Parse("00-genie.conf", []byte(`{"cniVersion":"0.3.1","name":"genie","type":"genie","default_plugin":"calico,flannel"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.Networks = []cni.Attachment{net.Attachment("", "", "eth0")}
+	cfg.Plugins.Dirs = append([]string{dir}, cfg.Plugins.Dirs...)
+	t.Cleanup(func() { exec.Command("ip", "link", "del", "cni0").Run() }) // shared by Flannel's pods: it stays
+}
+
+// What Genie leaves in the namespace goes with it, and so does its end on the node.
+func TestGenie(t *testing.T) {
+	s := testStore(t)
+	cfg := testConfig(t, s, "genie")
+	genie(t, &cfg, "genie-calico-flannel")
+	before := machineState(t, s)
+	v, err := Start(context.Background(), s, cfg, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st, err := s.Get("genie"); err != nil || len(st.NICs) != 2 || len(st.Leases) != 2 {
+		t.Errorf("NICs %+v, leases %+v, %v", st.NICs, st.Leases, err)
+	}
+	r, err := s.Recording("genie")
+	if err != nil || len(r.Host.Links) != 3 { // the ends of both veths, and Flannel's bridge
+		t.Errorf("the node's side %+v, %v", r.Host, err)
+	}
+	v.Kill()
+	if _, err := v.Wait(); err == nil || !strings.Contains(err.Error(), "CHAIN_DEL failed") {
+		t.Errorf("the end: %v", err)
+	}
+	st, err := s.Get("genie")
+	if err != nil || !strings.Contains(st.Left, "CHAIN_DEL failed") || strings.Contains(strings.Join(st.Notes, "\n"), "left on the node") {
+		t.Errorf("left %q, notes %q, %v", st.Left, st.Notes, err)
+	}
+	for i := range 3 { // twice as it was, then by force
+		_, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins, Force: i == 2})
+		if err == nil || !strings.Contains(err.Error(), "CHAIN_DEL failed") {
+			t.Errorf("gc: %v", err)
+		}
+	}
+	if err := s.Remove(context.Background(), "genie", false); err != nil {
+		t.Error(err)
+	}
+	exec.Command("ip", "link", "del", "cni0").Run()
+	nothingLeft(t, s, before)
+}
+
+// An ADD that fails and cannot be undone keeps the name for gc, and gc can be told to give up.
+func TestGenieFailsToAdd(t *testing.T) {
+	s := testStore(t)
+	cfg := testConfig(t, s, "genie")
+	genie(t, &cfg, "genie-flannel-calico-fails")
+	before := machineState(t, s)
+	_, err := Start(context.Background(), s, cfg, nil)
+	if err == nil || !strings.Contains(err.Error(), "file exists") || !strings.Contains(err.Error(), "CHAIN_DEL failed") {
+		t.Errorf("start: %v, want both errors of the plugin", err)
+	}
+	if netns.Exists(ownNetNS("genie")) {
+		t.Error("the namespace is still there")
+	}
+	if _, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins, Force: true}); err == nil || !strings.Contains(err.Error(), "CHAIN_DEL failed") {
+		t.Errorf("gc --force: %v", err)
+	}
+	if _, err := s.Get("genie"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("after gc --force: %v", err)
+	}
+	exec.Command("ip", "link", "del", "cni0").Run()
 	nothingLeft(t, s, before)
 }

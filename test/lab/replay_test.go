@@ -151,6 +151,42 @@ func TestReplay(t *testing.T) {
 	}
 }
 
+// What is recorded here of a real plugin is replayed as what the file says of another: the way of a user's cluster into a test.
+func TestRecordAndReplay(t *testing.T) {
+	n := newNode(t, "node")
+	conf := list("1.0.0", "lab",
+		map[string]any{"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true, "ipam": hostLocal("dual")},
+		map[string]any{"type": "tuning", "mac": "02:00:00:00:00:42", "mtu": 1400})
+	pod := n.addPod(t, request{networks: ns(n.network(t, conf))})
+	r := recording{Recording: pod.look(t), path: filepath.Join(t.TempDir(), "recorded.json")}
+	result, err := n.cni.Answer(pod.attachments[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Attachments = []nic.Answer{{Network: "lab", IfName: "eth0", Plugins: pod.attachments[0].Types(), Result: result}}
+	b, err := json.Marshal(r.Recording)
+	if err == nil {
+		err = os.WriteFile(r.path, b, 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	n2, _ := newReplayNode(t)
+	again := n2.addPod(t, request{networks: ns(n2.network(t, r.list(0)))})
+	if d := gocmp.Diff(normal(r.Recording, r.Recording), normal(again.look(t), r.Recording), equal); d != "" {
+		t.Errorf("-real +replayed:\n%s", d)
+	}
+	was, is := pod.results[0].Result, again.results[0].Result
+	for i := range is.Interfaces {
+		if is.Interfaces[i].Sandbox == again.Path() {
+			is.Interfaces[i].Sandbox = pod.Path()
+		}
+	}
+	if d := gocmp.Diff(was, is, equal); d != "" {
+		t.Errorf("the result, -real +replayed:\n%s", d)
+	}
+}
+
 var equal = gocmp.Options{cmpopts.EquateEmpty(), cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})}
 
 // look records the pod as `virtlet inspect --snapshot` does.
