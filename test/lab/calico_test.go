@@ -18,7 +18,7 @@ func TestCalico(t *testing.T) {
 		t.Run(families, func(t *testing.T) {
 			t.Parallel()
 			rec := record(t, file)
-			r := tested(t, "calico, portmap", replayed, families)
+			r := tested(t, "calico", replayed, families)
 			mtu := rec.Snapshot.Links[0].MTU
 			n, world := newReplayNode(t)
 			net := n.network(t, rec.list(0, portmap))

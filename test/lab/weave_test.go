@@ -14,7 +14,7 @@ import (
 // reflects frames.
 func TestWeave(t *testing.T) {
 	rec := record(t, "weave")
-	r := tested(t, "weave, portmap", replayed, "v4")
+	r := tested(t, "weave", replayed, "v4")
 	n, world := newReplayNode(t)
 	net := n.network(t, rec.list(0, portmap))
 	v := n.start(t, request{networks: ns(net), caps: ports})
