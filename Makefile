@@ -34,7 +34,7 @@ demo: setup build plugins ## boot a VM on a CNI network and fetch a page from it
 	@guest=$(GUEST) && test/demo.sh "$$guest"
 
 test: setup build plugins ## run every check and test
-	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh
+	@guest=$(GUEST) && cloudinit=$$(hack/cloudinit.sh) && VIRTLET_GUEST="$$guest" VIRTLET_CLOUDINIT="$$cloudinit" hack/test.sh
 
 lab-table: setup build plugins ## run all labs of CNI plugins and write their table to docs/networking.md
 	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh lab -update

@@ -23,6 +23,7 @@ needed() {
 		dhcpcd                   dhcpcd-base      tests: a third, which reads router advertisements too
 		/lib/systemd/systemd-networkd  systemd    tests: a fourth
 		dnsmasq                  dnsmasq-base     tests: a router for the guest, and a DHCP server to compare with
+		python3                  python3          tests: runs cloud-init, which hack/cloudinit.sh unpacks
 		xz                       xz-utils         the test guest: packed kernel modules
 		git                      git              the version of the build
 		gcc                      gcc              tests: the race detector is C

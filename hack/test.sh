@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the checks, the tests and every fuzz target for FUZZTIME (60s), or what the arguments for `go test` say; with "lab" in
-# front of them in the labs of CNI plugins alone. The tests find what the Makefile built by VIRTLET_BIN, VIRTLET_CNI_BIN
-# and VIRTLET_GUEST.
+# front of them in the labs of CNI plugins alone. The tests find what the Makefile built by VIRTLET_BIN, VIRTLET_CNI_BIN,
+# VIRTLET_GUEST and VIRTLET_CLOUDINIT.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

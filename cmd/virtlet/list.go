@@ -88,13 +88,8 @@ func ips(st vm.State) []string {
 		return nil
 	}
 	var all []string
-	for _, l := range st.Leases { // what the guest is given, not all that the plugins planned
-		all = append(all, l.Addr.Addr().String())
-	}
-	for _, l := range st.Leases6 {
-		for _, a := range l.Addrs {
-			all = append(all, a.String())
-		}
+	for _, a := range st.Told() {
+		all = append(all, a.String())
 	}
 	return all
 }
@@ -242,11 +237,14 @@ func printState(out io.Writer, st vm.State, counters []vm.Counters, rules bool) 
 	if c.Image != nil {
 		row("image", "%s", c.Image.Path)
 	}
-	for _, d := range c.Disks {
-		row("disk", "%s%s", d.Path, map[bool]string{true: ", read-only"}[d.ReadOnly])
+	for i, d := range c.Disks {
+		row("disk", "%s%s%s", d.Path, map[bool]string{true: ", read-only"}[d.ReadOnly], map[bool]string{true: ", the root disk"}[c.Root && i == 0])
 	}
 	if c.Kernel != "" {
 		row("kernel", "%s", c.Kernel)
+	}
+	if st.InstanceID != "" {
+		row("cloud-init", "instance %s", st.InstanceID)
 	}
 	row("supervisor", "pid %d", st.Supervisor.PID)
 	if st.QEMU.PID != 0 {

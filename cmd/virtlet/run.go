@@ -38,13 +38,15 @@ func (a *app) runCmd() *cobra.Command {
 		Short: "Run a VM on CNI networks",
 		Long: `Makes a network namespace, lets CNI plugins configure it, starts a QEMU guest that takes over what they configured, and
 follows its console until it ends. IMAGE is a qcow2 or raw disk image; it is never written. With --kernel it may be
-absent.
+absent. With --root the guest boots from the first --disk instead, an image or a block device, and what it writes stays.
 
 Ctrl-C presses the guest's power button; a second Ctrl-C kills it.
 
 ` + exitHelp,
 		Example: `  virtlet run --ssh-key ~/.ssh/id_ed25519.pub debian.qcow2
   virtlet run -d --name web --cpus 2 --memory 2G -p 8080:80 web.qcow2
+  virtlet run --disk /dev/vg0/db --root --name db --ssh-key ~/.ssh/id_ed25519.pub
+  virtlet run --guest-network static --network-config v2 debian.qcow2
   virtlet run --network blue --network red --ip 10.1.0.5/24 router.qcow2
   virtlet run --kernel vmlinuz --initrd initrd.img --append console=ttyS0
   virtlet run --netns /run/netns/pod1 disk.raw`,
@@ -75,6 +77,9 @@ Ctrl-C presses the guest's power button; a second Ctrl-C kills it.
 	}
 	complete("network", func() []string { return a.store.NetworkNames(f.nets.ConfDir) })
 	complete("accel", func() []string { return []string{"auto", "kvm", "tcg"} })
+	complete("seed", func() []string { return []string{"nocloud", "configdrive", "none"} })
+	complete("network-config", func() []string { return []string{"v1", "v2", "user-data", "none"} })
+	complete("guest-network", func() []string { return []string{"dhcp", "static"} })
 	complete("image-format", func() []string { return []string{"qcow2", "raw"} })
 	return cmd
 }
@@ -88,6 +93,7 @@ func (f *runFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.memory, "memory", "1G", "memory: 512M, 2G; a number alone is MiB")
 	fs.StringVar(&f.format, "image-format", "", "raw or qcow2 (default: by the image's header)")
 	fs.StringArrayVar(&f.disks, "disk", nil, "one more disk, written in place: PATH[,ro][,format=raw|qcow2]; repeatable")
+	fs.BoolVar(&f.cfg.Root, "root", false, "boot from the first --disk; IMAGE is absent then")
 
 	fs.StringArrayVar(&f.nets.Names, "network", nil, "CNI network; repeatable: eth0, eth1, ... in that order (default: the first one configured)")
 	fs.StringVar(&f.nets.ConfDir, "cni-conf-dir", vm.DefaultConfDir, "CNI configurations")
@@ -111,6 +117,11 @@ func (f *runFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.cfg.Append, "append", "", "and this kernel command line")
 	fs.StringVar(&f.userData, "user-data", "", "cloud-init user-data file")
 	fs.StringArrayVar(&f.sshKeys, "ssh-key", nil, "file of public SSH keys for cloud-init; repeatable")
+
+	fs.StringVar(&f.cfg.Seed, "seed", "", "cloud-init data source: nocloud, configdrive or none (default nocloud; none for --kernel alone)")
+	fs.StringVar(&f.cfg.NetworkConfig, "network-config", "", "form of the network configuration in it: v1, v2, user-data or none (default v1)")
+	fs.StringVar(&f.cfg.GuestNetwork, "guest-network", "", "what it says: dhcp, or static addresses, routes and DNS (default dhcp; VFs are static)")
+	fs.StringVar(&f.cfg.InstanceID, "instance-id", "", "cloud-init's name of the installation; a new one is set up again (default: of this run; with --root of the disk's path)")
 
 	fs.StringVar(&f.cfg.Accel, "accel", "auto", "auto, kvm or tcg")
 	fs.StringVar(&f.cfg.QEMU, "qemu", "", "QEMU program; a wrapper must exec it (default: qemu-system-* of this machine)")

@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
+	"path"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -23,6 +25,7 @@ import (
 
 func seed() Seed {
 	return Seed{
+		Kind:       NoCloud,
 		InstanceID: "web-1-8f3c2a", Hostname: "web-1.example.org",
 		SSHKeys:  []string{ed25519Key + ` "o'brien": {yaml} # \ & <b> ä 日本 😀`},
 		UserData: []byte("#cloud-config\npackages: [nginx]\n"),
@@ -131,7 +134,11 @@ func sizes() map[string]Seed {
 		all[name] = s
 	}
 	all["small"] = seed()
-	all["default"] = Seed{InstanceID: "i", Hostname: "h"}
+	drive := seed()
+	drive.Kind, drive.EveryBoot = ConfigDrive, true
+	drive.Network, _, _ = NewNetwork(V1, netCases["many-search-domains"].interfaces)
+	all["drive"] = drive
+	all["default"] = Seed{Kind: NoCloud, InstanceID: "i", Hostname: "h"}
 	return all
 }
 
@@ -145,7 +152,7 @@ func TestISOReadsBack(t *testing.T) {
 		for reader, read := range readers {
 			t.Run(name+" by "+reader, func(t *testing.T) {
 				label, files := read(t, iso(t, s))
-				if label != "cidata" {
+				if label != labels[s.Kind] {
 					t.Errorf("label %q", label)
 				}
 				if !maps.EqualFunc(want, files, bytes.Equal) {
@@ -169,25 +176,32 @@ func readISO(t *testing.T, b []byte) (string, map[string][]byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	children, err := root.GetChildren()
-	if err != nil {
-		t.Fatal(err)
-	}
 	files := map[string][]byte{}
-	for _, c := range children {
-		if files[c.Name()], err = io.ReadAll(c.Reader()); err != nil {
+	var walk func(dir string, f *iso9660.File)
+	walk = func(dir string, f *iso9660.File) {
+		children, err := f.GetChildren()
+		if err != nil {
 			t.Fatal(err)
 		}
+		for _, c := range children {
+			name := path.Join(dir, c.Name())
+			if c.IsDir() {
+				walk(name, c)
+			} else if files[name], err = io.ReadAll(c.Reader()); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
+	walk("", root)
 	return strings.TrimSpace(label), files
 }
 
 func readDiskFS(t *testing.T, b []byte) (string, map[string][]byte) {
-	path := filepath.Join(t.TempDir(), "seed.iso")
-	if err := os.WriteFile(path, b, 0o600); err != nil {
+	image := filepath.Join(t.TempDir(), "seed.iso")
+	if err := os.WriteFile(image, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	disk, err := file.OpenFromPath(path, true)
+	disk, err := file.OpenFromPath(image, true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,20 +210,21 @@ func readDiskFS(t *testing.T, b []byte) (string, map[string][]byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	entries, err := img.ReadDir(".")
+	files := map[string][]byte{}
+	err = fs.WalkDir(img, ".", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		f, err := img.OpenFile(name, os.O_RDONLY)
+		if err != nil {
+			return err
+		}
+		name, _, _ = strings.Cut(name, ";")
+		files[strings.TrimSuffix(name, ".")], err = io.ReadAll(f)
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
-	}
-	files := map[string][]byte{}
-	for _, e := range entries {
-		f, err := img.OpenFile(e.Name(), os.O_RDONLY)
-		if err != nil {
-			t.Fatal(err)
-		}
-		name, _, _ := strings.Cut(e.Name(), ";")
-		if files[name], err = io.ReadAll(f); err != nil {
-			t.Fatal(err)
-		}
 	}
 	return strings.TrimSpace(img.Label()), files
 }
@@ -244,11 +259,14 @@ func TestISOLayout(t *testing.T) {
 			t.Errorf("byte %d: %q, want %q", at, got, want)
 		}
 	}
+	if _, err := volume("x", map[string][]byte{"a/b/c/d/e": nil}); err == nil {
+		t.Error("five directories fit into four sectors")
+	}
 	many := map[string][]byte{}
 	for i := range 60 {
 		many["file-"+strconv.Itoa(i)] = nil
 	}
-	if _, err := volume(many); err == nil {
+	if _, err := volume("x", many); err == nil {
 		t.Error("60 files fit into the sector of the root directory")
 	}
 }

@@ -142,7 +142,7 @@ func FuzzParseSSHKeys(f *testing.F) {
 			return
 		}
 		// What is accepted goes through a seed as it is.
-		if _, err := (Seed{InstanceID: "i", Hostname: "h", SSHKeys: keys}).Files(); err != nil {
+		if _, err := (Seed{Kind: NoCloud, InstanceID: "i", Hostname: "h", SSHKeys: keys}).Files(); err != nil {
 			t.Fatalf("%q: %v", keys, err)
 		}
 		again, err := ParseSSHKeys([]byte(strings.Join(keys, "\n")))

@@ -54,7 +54,7 @@ func checkUserData(b []byte) error {
 	if !utf8.ValidString(text) {
 		return fmt.Errorf("it is no UTF-8 text (first line %s): %s", quote(text), accepted)
 	}
-	if strings.Contains(strings.ToLower(text[:min(len(text), mimeWindow)]), mimeHeader) {
+	if isMIME(b) {
 		return nil
 	}
 	if after, ok := strings.CutPrefix(text, "\ufeff"); ok {
@@ -70,6 +70,11 @@ func checkUserData(b []byte) error {
 		}
 	}
 	return fmt.Errorf("cloud-init would ignore it (first line %s): %s", quote(text), accepted)
+}
+
+// isMIME says whether cloud-init takes a text as a MIME message.
+func isMIME(b []byte) bool {
+	return strings.Contains(strings.ToLower(string(b[:min(len(b), mimeWindow)])), mimeHeader)
 }
 
 // unpack gives what a gzip stream holds, at most maxUserData bytes of it.

@@ -25,6 +25,7 @@ type Config struct {
 
 	Image  *Disk  `json:"image,omitempty"` // boot disk; never written, an overlay takes the writes
 	Disks  []Disk `json:"disks,omitempty"` // further disks, written in place
+	Root   bool   `json:"root,omitempty"`  // boot from Disks[0]; Image is nil then
 	Kernel string `json:"kernel,omitempty"`
 	Initrd string `json:"initrd,omitempty"`
 	Append string `json:"append,omitempty"`
@@ -44,6 +45,11 @@ type Config struct {
 	NTP      []string `json:"ntp,omitempty"`      // servers, by DHCP
 	UserData []byte   `json:"userData,omitempty"` // cloud-init
 	SSHKeys  []string `json:"sshKeys,omitempty"`  // authorized_keys files or lines; check makes lines of them
+
+	Seed          string `json:"seed,omitempty"`          // nocloud, configdrive, none; "": nocloud where there is a use for it
+	NetworkConfig string `json:"networkConfig,omitempty"` // how the seed carries it: v1, v2, user-data, none; "": v1
+	GuestNetwork  string `json:"guestNetwork,omitempty"`  // dhcp, static; "": dhcp. A VF's is always static
+	InstanceID    string `json:"instanceID,omitempty"`    // cloud-init's; "": of Disks[0]'s path with Root, else of this run
 
 	// A NIC of a network whose own DHCP servers or routers are to be heard: ours is off there then, and so is the check.
 	ExternalDHCP bool `json:"externalDHCP,omitempty"`
@@ -107,7 +113,9 @@ func (c *Config) check() error {
 	}
 	bad(c.CPUs < 1 || c.CPUs > qemu.MaxCPUs, "cpus: %d: use 1 to %d", c.CPUs, qemu.MaxCPUs)
 	bad(c.Memory < qemu.MinMemory || c.Memory > qemu.MaxMemory, "memory: %d MiB: use %d to %d MiB", c.Memory, qemu.MinMemory, qemu.MaxMemory)
-	bad(c.Image == nil && c.Kernel == "", "nothing to boot: give an IMAGE or --kernel")
+	bad(c.Image == nil && c.Kernel == "" && !c.Root, "nothing to boot: give an IMAGE, --disk PATH --root, or --kernel")
+	bad(c.Root && (c.Image != nil || c.Kernel != ""), "--root boots from the first --disk: leave IMAGE and --kernel out")
+	bad(c.Root && (len(c.Disks) == 0 || c.Disks[0].ReadOnly), "--root boots from the first --disk, and writes to it: give one, without ro")
 	bad(c.Kernel == "" && (c.Initrd != "" || c.Append != ""), "--initrd and --append need --kernel")
 	bad(len(c.Disks) > maxDisks, "%d disks: use at most %d", len(c.Disks), maxDisks)
 	bad(c.NetNS != "" && len(c.Networks) > 0, "--netns joins a configured namespace: it cannot go with --network")
@@ -127,6 +135,7 @@ func (c *Config) check() error {
 		keys, errs = append(keys, lines...), append(errs, err)
 	}
 	c.SSHKeys = keys
+	c.checkSeed(bad)
 	for _, a := range c.DNS {
 		_, err := netip.ParseAddr(a)
 		bad(err != nil, "dns %q: use an IP address", a)

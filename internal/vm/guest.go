@@ -1,7 +1,6 @@
 package vm
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/virtlet/virtlet/internal/cloudinit"
 	"github.com/virtlet/virtlet/internal/image"
 	"github.com/virtlet/virtlet/internal/qemu"
 )
@@ -86,6 +84,9 @@ func (v *VM) openMedia() (string, error) {
 		}
 		m.disks, m.infos = append(m.disks, f), append(m.infos, info)
 	}
+	if v.cfg.Root {
+		result = fmt.Sprintf("%s (%s, %d MiB), written in place", v.cfg.Disks[0].Path, m.infos[0].Format, m.infos[0].VirtualSize>>20)
+	}
 	return result, nil
 }
 
@@ -100,39 +101,16 @@ func openFirmware() (*os.File, error) {
 	return nil, fmt.Errorf("no UEFI firmware for arm64 in %q: install it (Debian: qemu-efi-aarch64), or boot by --kernel", paths)
 }
 
-// makeDisk makes the files that belong to this VM alone: the overlay and the cloud-init seed.
+// makeDisk makes the overlay, which takes what the guest writes to its image.
 func (v *VM) makeDisk(ctx context.Context) (string, error) {
-	result := "none needed"
 	m := v.media
-	if m.base != nil {
-		var err error
-		path := v.store.data(v.cfg.Name, "disk.qcow2")
-		if m.overlay, err = image.CreateOverlay(ctx, v.cfg.QEMUImg, path, m.baseInfo.VirtualSize); err != nil {
-			return "", err
-		}
-		result = path
+	if m.base == nil {
+		return "none needed", nil
 	}
-	if m.base == nil && v.cfg.UserData == nil && v.cfg.SSHKeys == nil {
-		return result, nil
-	}
-	seed := cloudinit.Seed{InstanceID: v.id, Hostname: v.cfg.Hostname, SSHKeys: v.cfg.SSHKeys, UserData: v.cfg.UserData}
-	var iso bytes.Buffer
-	if err := seed.WriteISO(&iso); err != nil {
-		return "", err
-	}
-	f, err := os.OpenFile(v.store.data(v.cfg.Name, "seed.iso"), os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
-	if err != nil {
-		return "", fmt.Errorf("write cloud-init seed: %w", err)
-	}
-	if _, err := iso.WriteTo(f); err != nil {
-		f.Close()
-		return "", fmt.Errorf("write cloud-init seed: %w", err)
-	}
-	if err := f.Close(); err != nil {
-		return "", fmt.Errorf("write cloud-init seed: %w", err)
-	}
-	m.seed, err = os.Open(f.Name())
-	return result, err
+	path := v.store.data(v.cfg.Name, "disk.qcow2")
+	var err error
+	m.overlay, err = image.CreateOverlay(ctx, v.cfg.QEMUImg, path, m.baseInfo.VirtualSize)
+	return path, err
 }
 
 // machine puts the guest together. The two socket ends are QEMU's.
@@ -146,6 +124,7 @@ func (v *VM) machine(consoleEnd, qmpEnd *os.File) (qemu.Machine, error) {
 		Binary: v.cfg.QEMU, Arch: arch, Name: v.cfg.Name, Accel: accel, CPUs: v.cfg.CPUs, Memory: v.cfg.Memory,
 		Kernel: v.media.kernel, Initrd: v.media.initrd, Firmware: v.media.firmware, Append: v.cfg.Append, Console: consoleEnd, QMP: qmpEnd,
 	}
+	// The first drive is the one that is booted: the image, or with Root the first disk.
 	if v.media.base != nil {
 		m.Drives = append(m.Drives, qemu.Drive{
 			ID: "disk0", Format: string(image.QCOW2), File: v.media.overlay,

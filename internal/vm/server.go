@@ -22,7 +22,7 @@ type server struct {
 func (v *VM) server(n nic.NIC) server {
 	s := server{nic: n.Name}
 	if !v.cfg.ExternalDHCP {
-		lease, notes, ok := dhcp.NewLease(n, v.cfg.Hostname)
+		lease, notes, ok := dhcp.NewLease(v.cfg.leased(n), v.cfg.Hostname)
 		v.note(notes...)
 		for _, a := range v.cfg.NTP {
 			if a, err := netip.ParseAddr(a); err == nil && a.Is4() {

@@ -43,8 +43,9 @@ type State struct {
 	Leases     []dhcp.Lease  `json:"leases,omitempty"`
 	Leases6    []dhcp.Lease6 `json:"leases6,omitempty"`
 	Accel      string        `json:"accel,omitempty"`
-	Command    string        `json:"command,omitempty"` // QEMU's command line, quoted for a shell
-	Notes      []string      `json:"notes,omitempty"`   // what the user should know about the network
+	Command    string        `json:"command,omitempty"`    // QEMU's command line, quoted for a shell
+	InstanceID string        `json:"instanceID,omitempty"` // what cloud-init knows the installation by
+	Notes      []string      `json:"notes,omitempty"`      // what the user should know about the network
 }
 
 // Result is what a CNI network answered.

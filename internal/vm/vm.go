@@ -98,6 +98,9 @@ func (v *VM) start(ctx context.Context) (err error) {
 	if err := both.Wait(); err != nil {
 		return err
 	}
+	if err := v.step("seed", v.makeSeed); err != nil { // it says what the networks have given
+		return err
+	}
 	if err := v.step("dhcp", v.answer); err != nil { // before QEMU: the first question must not be lost
 		return err
 	}

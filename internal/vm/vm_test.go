@@ -163,7 +163,7 @@ func TestLifeOfAVM(t *testing.T) {
 		t.Fatal(err)
 	}
 	slices.Sort(steps)
-	if d := cmp.Diff([]string{"attach", "cni virtlet", "dhcp", "disk", "guest", "image", "namespace", "qemu", "state"}, steps); d != "" {
+	if d := cmp.Diff([]string{"attach", "cni virtlet", "dhcp", "disk", "guest", "image", "namespace", "qemu", "seed", "state"}, steps); d != "" {
 		t.Errorf("steps: %s", d)
 	}
 	st, err := s.Get("life")
