@@ -26,7 +26,7 @@ var edges = map[string][]string{
 	"cmd/virtlet": {"internal/vm"},
 	"internal/vm": {
 		"internal/cloudinit", "internal/cni", "internal/dhcp", "internal/image", "internal/netns", "internal/nic",
-		"internal/podnet", "internal/qemu",
+		"internal/podnet", "internal/qemu", "internal/ssh",
 	},
 	"internal/podnet":    {"internal/netns", "internal/nic"},
 	"internal/dhcp":      {"internal/nic"},
@@ -36,6 +36,7 @@ var edges = map[string][]string{
 	"internal/nic":       nil,
 	"internal/qemu":      nil,
 	"internal/image":     nil,
+	"internal/ssh":       nil,
 	"internal/testnet":   {"internal/netns", "internal/nic"},
 	"test":               nil,
 	"test/guest":         nil,
@@ -58,7 +59,7 @@ var guarded = []struct {
 	{"github.com/containernetworking/cni", []string{"internal/cni"}},
 	{"github.com/containernetworking/plugins", nil}, // they are programs, run by internal/cni
 	{"github.com/containerd", []string{"internal/shim"}},
-	{"os/exec", append([]string{"internal/cni", "internal/image", "internal/qemu"}, testOnly...)},
+	{"os/exec", append([]string{"internal/cni", "internal/image", "internal/qemu", "internal/ssh"}, testOnly...)},
 	{"testing", testOnly},
 }
 

@@ -61,6 +61,8 @@ const (
 	exitPanicked = 3 // the guest panicked
 	exitQEMU     = 4 // QEMU ended by itself
 	exitKilled   = 5 // the guest was killed by the user
+
+	exitUnconnected = 255 // of `virtlet ssh`, as of ssh: there was no connection
 )
 
 const exitHelp = `Exit codes:
@@ -76,9 +78,12 @@ func exitCode(err error) int {
 	var wrong *vm.ConfigError
 	var end *vm.Exit
 	var remote *supervisorError
+	var unconnected sshError
 	switch {
 	case err == nil:
 		return 0
+	case errors.As(err, &unconnected):
+		return exitUnconnected
 	case errors.As(err, &remote):
 		return remote.code
 	case errors.As(err, &usage), errors.As(err, &wrong):
@@ -139,7 +144,7 @@ addresses, its routes, DNS and MTU, at layer 2 and without NAT.
 		}
 		return nil
 	}
-	cmd.AddCommand(a.runCmd(), a.superviseCmd(), a.psCmd(), a.inspectCmd(), a.logsCmd(), a.consoleCmd(), a.stopCmd(),
+	cmd.AddCommand(a.runCmd(), a.superviseCmd(), a.psCmd(), a.inspectCmd(), a.logsCmd(), a.consoleCmd(), a.sshCmd(), a.stopCmd(),
 		a.rmCmd(), a.gcCmd(), a.checkCmd(), a.versionCmd())
 	strict(cmd)
 	return cmd

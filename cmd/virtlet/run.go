@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -117,6 +118,7 @@ func (f *runFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.cfg.Append, "append", "", "and this kernel command line")
 	fs.StringVar(&f.userData, "user-data", "", "cloud-init user-data file")
 	fs.StringArrayVar(&f.sshKeys, "ssh-key", nil, "file of public SSH keys for cloud-init; repeatable")
+	fs.StringVar(&f.cfg.SSHUser, "ssh-user", vm.DefaultSSHUser, "the image's default user, for virtlet ssh")
 
 	fs.StringVar(&f.cfg.Seed, "seed", "", "cloud-init data source: nocloud, configdrive or none (default nocloud; none for --kernel alone)")
 	fs.StringVar(&f.cfg.NetworkConfig, "network-config", "", "form of the network configuration in it: v1, v2, user-data or none (default v1)")
@@ -165,6 +167,9 @@ func (f *runFlags) config(store vm.Store) (vm.Config, error) {
 		keys, err := readSmall(path)
 		files = append(files, wrap("ssh-key", err))
 		cfg.SSHKeys = append(cfg.SSHKeys, string(keys))
+		if private, ok := strings.CutSuffix(path, ".pub"); ok {
+			cfg.Identities = append(cfg.Identities, private)
+		}
 	}
 	if err := errors.Join(errs...); err != nil {
 		return cfg, usageError{err}

@@ -15,6 +15,7 @@ import (
 	"github.com/virtlet/virtlet/internal/image"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/qemu"
+	"github.com/virtlet/virtlet/internal/ssh"
 )
 
 // Config is a VM as asked for. It is kept in the VM's state.
@@ -50,6 +51,10 @@ type Config struct {
 	NetworkConfig string `json:"networkConfig,omitempty"` // how the seed carries it: v1, v2, user-data, none; "": v1
 	GuestNetwork  string `json:"guestNetwork,omitempty"`  // dhcp, static; "": dhcp. A VF's is always static
 	InstanceID    string `json:"instanceID,omitempty"`    // cloud-init's; "": of Disks[0]'s path with Root, else of this run
+
+	// For [Store.SSH] alone: the user who has the keys, and files of private ones, which need not be there.
+	SSHUser    string   `json:"sshUser,omitempty"` // "": [DefaultSSHUser]
+	Identities []string `json:"identities,omitempty"`
 
 	// A NIC of a network whose own DHCP servers or routers are to be heard: ours is off there then, and so is the check.
 	ExternalDHCP bool `json:"externalDHCP,omitempty"`
@@ -89,6 +94,7 @@ func (c Config) clone() Config {
 		c.Image = &image
 	}
 	c.Disks, c.Networks, c.Results = slices.Clone(c.Disks), slices.Clone(c.Networks), slices.Clone(c.Results)
+	c.Identities = slices.Clone(c.Identities)
 	return c
 }
 
@@ -136,6 +142,10 @@ func (c *Config) check() error {
 	}
 	c.SSHKeys = keys
 	c.checkSeed(bad)
+	if c.SSHUser == "" {
+		c.SSHUser = DefaultSSHUser
+	}
+	errs = append(errs, ssh.CheckUser(c.SSHUser))
 	for _, a := range c.DNS {
 		_, err := netip.ParseAddr(a)
 		bad(err != nil, "dns %q: use an IP address", a)
@@ -182,6 +192,9 @@ func (c *Config) paths() []*string {
 	}
 	for i := range c.Disks {
 		all = append(all, &c.Disks[i].Path)
+	}
+	for i := range c.Identities {
+		all = append(all, &c.Identities[i])
 	}
 	return all
 }

@@ -18,7 +18,8 @@ import (
 // Store is where VMs are kept on disk. Nothing but these files is shared between the processes of virtlet.
 //
 //	<Run>/NAME/   state.json, console.sock, counters.sock: gone after its end or a reboot, as is the VM
-//	<Data>/NAME/  lock, journal.json, console.log, supervisor.log, disk.qcow2, seed.iso; state.json of one that has ended
+//	<Data>/NAME/  lock, journal.json, console.log, supervisor.log, disk.qcow2, seed.iso, known_hosts; state.json of one
+//	              that has ended
 //	<Run>/ipam/   leases of the embedded network
 //	<Data>/cni/   libcni's cached results
 //
