@@ -8,10 +8,12 @@ CACHE = $(or $(VIRTLET_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtlet)
 export PATH := $(CACHE)/go/$(shell sed -n 's/^go \([0-9.]*\)$$/\1/p' go.mod)/bin:$(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
 # The directory of the test guest; as a shell substitution, for it is known only once the guest is built.
 GUEST = $$(go run ./test/guest/build)
+# That of the Debian image; nothing where there can be none.
+DEBIAN = $$([ "$$(id -u)/$$(uname -m)" != 0/x86_64 ] || hack/debian.sh)
 VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 .NOTPARALLEL: # the tests want the machine to themselves
-.PHONY: help setup build plugins guest demo test lab-table lint bench install uninstall clean
+.PHONY: help setup build plugins guest debian demo test test-guest lab-table lint bench install uninstall clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,11 +32,18 @@ plugins: ## build the reference CNI plugins, pinned in go.mod: bin/cni
 guest: ## make the guest that tests boot, and print its directory
 	@echo $(GUEST)
 
+debian: setup ## make a Debian cloud image, and print its directory
+	@hack/debian.sh
+
 demo: setup build plugins ## boot a VM on a CNI network and fetch a page from it
 	@guest=$(GUEST) && test/demo.sh "$$guest"
 
 test: setup build plugins ## run every check and test
-	@guest=$(GUEST) && cloudinit=$$(hack/cloudinit.sh) && VIRTLET_GUEST="$$guest" VIRTLET_CLOUDINIT="$$cloudinit" hack/test.sh
+	@guest=$(GUEST) && debian=$(DEBIAN) && cloudinit=$$(hack/cloudinit.sh) && \
+		VIRTLET_GUEST="$$guest" VIRTLET_DEBIAN="$$debian" VIRTLET_CLOUDINIT="$$cloudinit" hack/test.sh
+
+test-guest: setup build plugins ## run the tests that boot a whole Debian alone
+	@debian=$$(hack/debian.sh) && VIRTLET_DEBIAN="$$debian" hack/test.sh guest
 
 lab-table: setup build plugins ## run all labs of CNI plugins and write their table to docs/networking.md
 	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh lab -update

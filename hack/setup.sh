@@ -25,6 +25,9 @@ needed() {
 		dnsmasq                  dnsmasq-base     tests: a router for the guest, and a DHCP server to compare with
 		python3                  python3          tests: runs cloud-init, which hack/cloudinit.sh unpacks
 		xz                       xz-utils         the test guest: packed kernel modules
+		mmdebstrap               mmdebstrap       the Debian image of the tests
+		mke2fs                   e2fsprogs        the same
+		ssh                      openssh-client   virtlet ssh, and its tests
 		git                      git              the version of the build
 		gcc                      gcc              tests: the race detector is C
 		/usr/include/stdlib.h    libc6-dev        the same

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the checks, the tests and every fuzz target for FUZZTIME (60s), or what the arguments for `go test` say; with "lab" in
-# front of them in the labs of CNI plugins alone. The tests find what the Makefile built by VIRTLET_BIN, VIRTLET_CNI_BIN,
-# VIRTLET_GUEST and VIRTLET_CLOUDINIT.
+# front of them in the labs of CNI plugins alone, with "guest" the tests that boot a whole Debian alone. The tests find what
+# the Makefile built by VIRTLET_BIN, VIRTLET_CNI_BIN, VIRTLET_GUEST, VIRTLET_DEBIAN and VIRTLET_CLOUDINIT.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,6 +9,9 @@ export VIRTLET_BIN=${VIRTLET_BIN:-$PWD/bin/virtlet} VIRTLET_CNI_BIN=${VIRTLET_CN
 
 if [ "${1-}" = lab ]; then
 	exec go test -count=1 -timeout 30m ./test/lab "${@:2}"
+fi
+if [ "${1-}" = guest ]; then
+	exec go test -count=1 -timeout 30m ./test -v -run '^TestDebian' "${@:2}"
 fi
 if [ $# -gt 0 ]; then
 	exec go test -p 1 -timeout 30m "$@" ./...

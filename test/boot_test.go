@@ -40,18 +40,27 @@ type lab struct {
 	cmdline string
 }
 
+// newLab is a machine for the test guest.
 func newLab(t *testing.T) *lab {
+	t.Helper()
+	l := bareLab(t)
+	kernel, initrd, cmdline := guest.Artifacts(t)
+	l.cmdline = cmdline
+	l.boot = []string{"--kernel", kernel, "--initrd", initrd, "--memory", "192M"}
+	return l
+}
+
+// bareLab is a machine without a guest. Its VMs are removed at the end.
+func bareLab(t *testing.T) *lab {
 	t.Helper()
 	testnet.NeedRoot(t)
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
 		t.Skip("needs QEMU: ", err)
 	}
-	kernel, initrd, cmdline := guest.Artifacts(t)
 	dir := t.TempDir()
 	l := &lab{
-		t: t, bin: filepath.Join(programs(t), "real", "virtlet"), plugins: testnet.Plugins(t), cmdline: cmdline,
+		t: t, bin: filepath.Join(programs(t), "real", "virtlet"), plugins: testnet.Plugins(t),
 		flags: []string{"--run-dir", filepath.Join(dir, "run"), "--data-dir", filepath.Join(dir, "data")},
-		boot:  []string{"--kernel", kernel, "--initrd", initrd, "--memory", "192M"},
 	}
 	t.Cleanup(func() {
 		if names := strings.Fields(l.virtlet("ps", "-q")); len(names) > 0 {
@@ -362,20 +371,27 @@ func (l *lab) type_(name, line string) string {
 	return guest.Type(l.t, l.command("console", name), line)
 }
 
-func TestBootOnTwoNetworks(t *testing.T) {
-	l := newLab(t)
+// twoNetworks gives a directory with the configurations of two networks: blue, dual-stack and with the default routes,
+// and red.
+func twoNetworks(t *testing.T) string {
+	t.Helper()
 	conf := t.TempDir()
-	for name, subnet := range map[string]string{"blue": "198.51.100.0/24", "red": "203.0.113.0/24"} {
-		routes := `{"dst":"0.0.0.0/0"}`
-		if name == "red" {
-			routes = `{"dst":"192.0.2.0/24"}`
-		}
+	for name, is := range map[string]struct{ ranges, routes string }{
+		"blue": {`[{"subnet":"198.51.100.0/24"}],[{"subnet":"2001:db8:b::/64"}]`, `{"dst":"0.0.0.0/0"},{"dst":"::/0"}`},
+		"red":  {`[{"subnet":"203.0.113.0/24"}]`, `{"dst":"192.0.2.0/24"}`},
+	} {
 		list := fmt.Sprintf(`{"cniVersion":"1.0.0","name":%q,"plugins":[{"type":"bridge","bridge":"br-%[1]s","isGateway":true,"mtu":1400,
-			"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":%q}]],"routes":[%s]}}]}`, name, filepath.Join(t.TempDir(), "ipam"), subnet, routes)
+			"ipam":{"type":"host-local","dataDir":%q,"ranges":[%s],"routes":[%s]}}]}`, name, filepath.Join(t.TempDir(), "ipam"), is.ranges, is.routes)
 		if err := os.WriteFile(filepath.Join(conf, name+".conflist"), []byte(list), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return conf
+}
+
+func TestBootOnTwoNetworks(t *testing.T) {
+	l := newLab(t)
+	conf := twoNetworks(t)
 	l.virtlet(l.run(conf, "", "-d", "--name", "router", "--network", "red", "--network", "blue")...)
 	st, r := l.state("router"), l.report("router")
 	same(t, st, r)
