@@ -22,6 +22,9 @@ import (
 // Tests with a whole Debian system that cloud-init configures (hack/debian.sh). A boot takes the better part of a
 // minute without KVM, so there are few of them, and each has many things looked at.
 
+// debianBootTime is how long its SSH server may take to answer on a busy machine.
+const debianBootTime = 5 * time.Minute
+
 // debian is a lab with that system.
 type debian struct {
 	*lab
@@ -52,7 +55,7 @@ func (d *debian) ssh(stdin string, args ...string) (stdout, stderr string, code 
 	d.t.Helper()
 	var out, said bytes.Buffer
 	// The tests' machine may have keys and an agent of its own.
-	cmd := d.command(append([]string{"ssh", "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", "BatchMode=yes", "--timeout", bootTime.String()}, args...)...)
+	cmd := d.command(append([]string{"ssh", "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", "BatchMode=yes", "--timeout", debianBootTime.String()}, args...)...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &said
 	err := cmd.Run()
 	if exit := new(exec.ExitError); err != nil && !errors.As(err, &exit) {
