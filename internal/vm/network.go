@@ -117,6 +117,9 @@ func (v *VM) nodeLinks() error {
 	}
 	var named []string
 	for _, r := range v.cfg.Results {
+		if r.Result == nil {
+			continue
+		}
 		for _, i := range r.Result.Interfaces {
 			if i != nil && i.Sandbox == "" {
 				named = append(named, i.Name)

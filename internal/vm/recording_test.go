@@ -3,6 +3,7 @@ package vm
 import (
 	"context"
 	"encoding/json"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
+	"github.com/virtlet/virtlet/internal/cni"
 	"github.com/virtlet/virtlet/internal/nic"
 )
 
@@ -83,5 +85,33 @@ func TestRecording(t *testing.T) {
 	}
 	if _, err := s.Recording("webserver"); err == nil {
 		t.Error("a recording of no VM")
+	}
+}
+
+// What a plugin has attached by itself stands between the VM's own networks, and has no plugins that we know of.
+func TestRecordingOfDelegates(t *testing.T) {
+	s := testStore(t)
+	own := func(name, ifName string) cni.Attachment {
+		return cni.Attachment{Name: name, IfName: ifName, ContainerID: "x", Network: json.RawMessage(`{"plugins":[{"type":"` + name + `-plugin"}]}`)}
+	}
+	v := &VM{store: s, cfg: Config{Name: "multus", Networks: []cni.Attachment{own("a", "eth0"), own("b", "eth1")}, Results: []nic.Attachment{
+		{Network: "a", IfName: "eth0", Result: &types100.Result{CNIVersion: "1.0.0"}}, {Network: "lan", IfName: "net1"}, {Network: "b", IfName: "eth1"},
+	}}}
+	if err := os.MkdirAll(s.data("multus"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.keepRecording(nic.Snapshot{}, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	var r nic.Recording
+	if err := readJSON(s.data("multus", recordingFile), &r); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, a := range r.Attachments {
+		got = append(got, a.Network+" "+strings.Join(a.Plugins, ","))
+	}
+	if want := []string{"a a-plugin", "lan ", "b b-plugin"}; !slices.Equal(got, want) || r.Attachments[0].Result == nil || r.Attachments[1].Result != nil {
+		t.Errorf("attachments %q, want %q: %+v", got, want, r.Attachments)
 	}
 }
