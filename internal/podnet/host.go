@@ -1,6 +1,7 @@
 package podnet
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -69,6 +70,28 @@ func Left(links []NodeLink) ([]NodeLink, error) {
 		}
 	}
 	return left, nil
+}
+
+// MendBridge gives a bridge of the node that has no MAC one of its own. A bridge loses it with its last port unless somebody
+// has set it (br_stp_recalculate_bridge_id of the kernel); the bridge plugin does so some time after it adds a port, and killed
+// in between leaves a bridge on which it fails ever after. A bridge that is not there needs nothing.
+func MendBridge(name string) error {
+	link, err := netlink.LinkByName(name)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look at bridge %s: %w", name, err)
+	}
+	if link.Type() != "bridge" || slices.ContainsFunc(link.Attrs().HardwareAddr, func(b byte) bool { return b != 0 }) {
+		return nil
+	}
+	var random nic.MAC
+	rand.Read(random[:])
+	if err := netlink.LinkSetHardwareAddr(link, ownMAC(random).HardwareAddr()); err != nil {
+		return fmt.Errorf("give bridge %s a MAC: %w", name, err)
+	}
+	return nil
 }
 
 // around is the node as seen from a pod.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -271,4 +272,30 @@ func TestPowerButtonOfAHangingQEMU(t *testing.T) {
 		t.Error("Powerdown waits for a QEMU that hangs")
 	}
 	end(t, v)
+}
+
+// A bridge plugin that was killed in the midst of ADD may leave a bridge without a MAC, on which it would fail ever after.
+func TestBridgeWithoutMAC(t *testing.T) {
+	s := testStore(t)
+	cfg := testConfig(t, s, "bridge")
+	exec.Command("ip", "link", "del", embeddedBridge).Run() // another test's
+	for _, args := range []string{
+		"link add " + embeddedBridge + " type bridge", "link add port0 type veth peer name port1",
+		"link set port0 master " + embeddedBridge, "link del port0",
+	} {
+		if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %s: %v: %s", args, err, out)
+		}
+	}
+	if out, _ := exec.Command("ip", "-br", "link", "show", "dev", embeddedBridge).Output(); !strings.Contains(string(out), "00:00:00:00:00:00") {
+		t.Fatalf("the bridge has a MAC: %s", out)
+	}
+	v, err := Start(context.Background(), s, cfg, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end(t, v)
+	if err := s.Remove(context.Background(), cfg.Name, false); err != nil {
+		t.Error(err)
+	}
 }

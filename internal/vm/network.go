@@ -80,6 +80,11 @@ func (v *VM) add(ctx context.Context, a *cni.Attachment) (string, error) {
 	if err := v.record(func(j *Journal) { j.Attachments = append(j.Attachments, *a) }); err != nil {
 		return "", err
 	}
+	if a.Name == embeddedName {
+		if err := podnet.MendBridge(embeddedBridge); err != nil {
+			return "", err
+		}
+	}
 	plugins := cni.Runtime{BinDirs: v.cfg.Plugins.For(a.Name), CacheDir: v.store.cniCache(), Timeout: v.cfg.CNITimeout}
 	result, err := plugins.Add(ctx, *a)
 	if err != nil {

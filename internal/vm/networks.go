@@ -41,8 +41,11 @@ func (p Plugins) For(network string) []string {
 	return slices.Concat(p.Dirs, p.Own)
 }
 
-// embeddedName is the name of the network of [cni.Default].
-const embeddedName = "virtlet"
+// What the network of [cni.Default] calls itself and its bridge.
+const (
+	embeddedName   = "virtlet"
+	embeddedBridge = "virtlet0"
+)
 
 // PortMapping publishes a port of the guest on the host. The JSON form is the portMappings capability of the CNI
 // conventions.

@@ -598,6 +598,10 @@ func TestKillAtEveryStep(t *testing.T) {
 		if err != nil && !reached {
 			t.Fatalf("point %d: %v", at, err)
 		}
+		// A program that was about to be started has the lock until it is: it lives a moment longer.
+		if free, err := s.await(context.Background(), cfg.Name, 30*time.Second); err != nil || !free {
+			t.Fatalf("point %d: its lock is held: %v", at, err)
+		}
 		if _, err := s.Clean(context.Background(), CleanOptions{Plugins: cfg.Plugins, DryRun: true}); err != nil {
 			t.Errorf("point %d: gc --dry-run: %v", at, err)
 		}
