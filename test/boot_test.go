@@ -337,6 +337,14 @@ func TestBootOnTheEmbeddedNetwork(t *testing.T) {
 // dropped gives the frames of the first NIC that were dropped, by reason; those with none are left out.
 func (l *lab) dropped(name string) map[podnet.Reason]podnet.Counter {
 	l.t.Helper()
+	d := l.counters(name)[0].Dropped
+	maps.DeleteFunc(d, func(_ podnet.Reason, c podnet.Counter) bool { return c.Packets == 0 })
+	return d
+}
+
+// counters gives those of every NIC.
+func (l *lab) counters(name string) []vm.Counters {
+	l.t.Helper()
 	var st struct{ Counters []vm.Counters }
 	if err := json.Unmarshal([]byte(l.virtlet("inspect", "--json", name)), &st); err != nil {
 		l.t.Fatal(err)
@@ -344,9 +352,7 @@ func (l *lab) dropped(name string) map[podnet.Reason]podnet.Counter {
 	if len(st.Counters) == 0 {
 		l.t.Fatalf("no counters of %s", name)
 	}
-	d := st.Counters[0].Dropped
-	maps.DeleteFunc(d, func(_ podnet.Reason, c podnet.Counter) bool { return c.Packets == 0 })
-	return d
+	return st.Counters
 }
 
 // resident gives the resident memory of a process in KiB.

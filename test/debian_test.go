@@ -100,9 +100,8 @@ type ipRoute struct {
 	Dev string `json:"dev"`
 }
 
-// sameInDebian compares what the CNI plugins configured with what the guest has; search says whether it knows the search
-// domains, too.
-func (d *debian) sameInDebian(st vm.State, search bool) {
+// sameInDebian compares what the CNI plugins configured with what the guest has.
+func (d *debian) sameInDebian(st vm.State) {
 	t, name := d.t, st.Config.Name
 	t.Helper()
 	// IPv6 comes in its own time.
@@ -138,6 +137,9 @@ func (d *debian) sameInDebian(st vm.State, search bool) {
 			continue
 		}
 		got := links[i]
+		if seeded := st.Config.NetworkConfig != "none" && st.Config.Seed != "none"; seeded && got.Name != want.Name {
+			t.Errorf("%s is called %s", want.Name, got.Name)
+		}
 		if got.MTU != want.MTU {
 			t.Errorf("%s: mtu %d, want %d", want.Name, got.MTU, want.MTU)
 		}
@@ -160,7 +162,8 @@ func (d *debian) sameInDebian(st vm.State, search bool) {
 			}
 		}
 		for _, s := range want.DNS.Search {
-			if search && !slices.Contains(resolv, s) {
+			// netplan takes none by DHCP: docs/networking.md.
+			if st.Config.GuestNetwork == "static" && !slices.Contains(resolv, s) {
 				t.Errorf("%s: resolv.conf %q, want %s", want.Name, resolv, s)
 			}
 		}
@@ -199,7 +202,9 @@ func missing(st vm.State, want nic.NIC, dev string, got []ipRoute) (wrong []stri
 		if r.Dst.Bits() == 0 {
 			dst = "default"
 		}
-		if !slices.ContainsFunc(got, func(g ipRoute) bool { return g.Dst == dst && g.Dev == dev && g.Gw == gw.String() }) {
+		// What the seed says has the gateway itself.
+		by := []string{gw.String(), r.Gw.String()}
+		if !slices.ContainsFunc(got, func(g ipRoute) bool { return g.Dst == dst && g.Dev == dev && slices.Contains(by, g.Gw) }) {
 			wrong = append(wrong, fmt.Sprintf("%s via %s dev %s", dst, gw, dev))
 		}
 	}
@@ -216,6 +221,24 @@ func (d *debian) reached(st vm.State) {
 			}
 		}
 	}
+}
+
+// static boots a VM whose addresses are in its seed, and checks that it has them without having asked by DHCP.
+func (d *debian) static(name string, run []string) vm.State {
+	d.t.Helper()
+	d.virtlet(append(slices.Clone(run), "-d", "--name", name, "--guest-network", "static", "--ssh-key", d.key+".pub", "--dns-search", "example.test")...)
+	st := d.state(name)
+	d.must(name, "--", "true")
+	d.settled(name)
+	d.sameInDebian(st)
+	d.reached(st)
+	d.honest(name)
+	for _, c := range d.counters(name) {
+		if c.DHCP != nil && c.DHCP.Discovers > 0 {
+			d.t.Errorf("%s was asked for by DHCP: %+v", c.NIC, *c.DHCP)
+		}
+	}
+	return st
 }
 
 // Debian is configured in each way that virtlet has. A row is one VM on two networks; its boots may be several.
@@ -237,9 +260,7 @@ func TestDebian(t *testing.T) {
 				d.t.Fatalf("exit code %d, output %q, error %q", code, out, said)
 			}
 			d.settled("deb")
-			// Without a network configuration cloud-init makes one of DHCP for the first NIC, and netplan takes no search
-			// domains by that.
-			d.sameInDebian(st, false)
+			d.sameInDebian(st)
 			d.reached(st)
 			d.must("deb", "--", "test -e /run/user-data && sudo -n true && cloud-id | grep -qx nocloud")
 			// By each address, and not as somebody else; the key that the guest showed first is expected of all.
@@ -276,18 +297,43 @@ func TestDebian(t *testing.T) {
 		}},
 		// Without an image of ours cloud-init has no seed: the system asks by DHCP, and lets nobody in.
 		{"DHCP alone", func(d *debian, on ...string) {
-			disk := filepath.Join(d.t.TempDir(), "disk.qcow2")
-			if out, err := exec.Command("cp", filepath.Join(d.dir, "disk.qcow2"), disk).CombinedOutput(); err != nil {
-				d.t.Fatalf("%v: %s", err, out)
-			}
-			d.virtlet(append(on, "-d", "--name", "deb", "--disk", disk, "--kernel", filepath.Join(d.dir, "vmlinuz"), "--initrd", filepath.Join(d.dir, "initrd.img"),
-				"--append", "root=/dev/vda1 console=ttyS0")...)
+			d.virtlet(append(on, "-d", "--name", "deb", "--seed", "none", filepath.Join(d.dir, "disk.qcow2"))...)
 			if _, said, code := d.ssh("", "-i", d.key, "deb"); code != 255 || !strings.Contains(said, "Permission denied (publickey).") {
 				d.t.Fatalf("exit code %d, %q", code, said)
 			}
 			d.reached(d.state("deb"))
 			d.honest("deb")
 			d.virtlet("rm", "-f", "deb")
+		}},
+		{"v2 static", func(d *debian, on ...string) {
+			d.static("deb", append(on, "--network-config", "v2", filepath.Join(d.dir, "disk.qcow2")))
+			d.must("deb", "--", "cloud-id | grep -qx nocloud")
+			d.virtlet("rm", "-f", "deb")
+		}},
+		{"ConfigDrive", func(d *debian, on ...string) {
+			d.static("deb", append(on, "--seed", "configdrive", filepath.Join(d.dir, "disk.qcow2")))
+			d.must("deb", "--", "grep -q DataSourceConfigDrive /run/cloud-init/result.json")
+			d.virtlet("rm", "-f", "deb")
+		}},
+		// What a guest writes stays, and at its next boot it has the pod's new addresses and MACs.
+		{"v1 static on a disk that stays", func(d *debian, on ...string) {
+			disk := filepath.Join(d.t.TempDir(), "disk.qcow2")
+			if out, err := exec.Command("cp", filepath.Join(d.dir, "disk.qcow2"), disk).CombinedOutput(); err != nil {
+				d.t.Fatalf("%v: %s", err, out)
+			}
+			on = append(on, "--disk", disk, "--root")
+			first := d.static("first", on)
+			d.must("first", "--", "cat /etc/ssh/ssh_host_ed25519_key.pub >kept; sync")
+			d.virtlet("stop", "-t", "120s", "first")
+			d.virtlet("rm", "first")
+			second := d.static("second", on)
+			for i := range first.NICs {
+				if a, b := first.NICs[i], second.NICs[i]; slices.Equal(a.Addrs, b.Addrs) || a.MAC == b.MAC {
+					d.t.Fatalf("%s has what it had, so this shows nothing: %+v", a.Name, b)
+				}
+			}
+			d.must("second", "--", "cmp kept /etc/ssh/ssh_host_ed25519_key.pub")
+			d.virtlet("rm", "-f", "second")
 		}},
 	}
 	for _, tt := range tests {

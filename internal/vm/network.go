@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -150,7 +151,9 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 	if err := errors.Join(v.nodeLinks(), v.keepRecording(snap, nics, notes)); err != nil {
 		return "", err
 	}
-	if err := addDNS(&nics[0].DNS, v.cfg.DNS, v.cfg.Search); err != nil {
+	// With the default route, if any: networkd makes a route to a server where it is told of it, and mostly it is beyond.
+	told := max(0, slices.IndexFunc(nics, func(n nic.NIC) bool { return slices.ContainsFunc(n.Routes, nic.Route.IsDefault) }))
+	if err := addDNS(&nics[told].DNS, v.cfg.DNS, v.cfg.Search); err != nil {
 		return "", err
 	}
 	o := podnet.Options{Queues: v.cfg.queues(), Vhost: true, Policies: map[string]podnet.Policy{}}
