@@ -42,7 +42,9 @@ func KillPID(pid int, start uint64) error {
 	}
 	defer unix.Close(fd)
 	// From here on fd is one process for ever, whatever becomes of the number.
-	if StartTime(pid) != start {
+	// One whose first thread has ended (a zombie already) may have others that still hold its files and memory; the pidfd
+	// tells when the last has ended.
+	if s, err := readStat(pid); err != nil || s.start != start {
 		return nil
 	}
 	_ = unix.Kill(-pid, unix.SIGKILL) // what a wrapper script started; Start made the group
