@@ -175,3 +175,30 @@ func setMark(conn *packet.Conn) error {
 	err = raw.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, ourMark) })
 	return errors.Join(err, set)
 }
+
+// Renew makes the descriptors of p, whose guest has ended, fit for another. The kernel ties a vhost descriptor to the
+// process that first used it (VHOST_SET_OWNER), and a queue that the guest did not use stays switched off.
+func (p *Port) Renew() error {
+	for i, f := range p.Taps {
+		if len(p.Taps) == 1 {
+			break // not a multi-queue TAP: nothing to switch
+		}
+		req, err := unix.NewIfreq(p.Join.Tap)
+		if err == nil {
+			req.SetUint16(unix.IFF_ATTACH_QUEUE)
+			err = unix.IoctlIfreq(int(f.Fd()), unix.TUNSETQUEUE, req)
+		}
+		if err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: it is on (tun_set_queue in drivers/net/tun.c)
+			return fmt.Errorf("switch on queue %d of %s: %w", i, p.Join.Tap, err)
+		}
+	}
+	if len(p.Vhost) == 0 {
+		return nil
+	}
+	var errs []error
+	for _, f := range p.Vhost {
+		errs = append(errs, f.Close())
+	}
+	p.Vhost = openVhost(len(p.Taps))
+	return errors.Join(errs...)
+}

@@ -69,6 +69,12 @@ type Config struct {
 
 	Remove bool `json:"remove,omitempty"` // erase the VM when it has ended and everything is undone
 
+	// Of a VM that is a pod of Kubernetes: namespace/name. Whoever made the pod ends it, and Stop refuses.
+	Pod     string          `json:"pod,omitempty"`
+	DiskDir string          `json:"diskDir,omitempty"` // where the overlay goes; "": to the VM's other files
+	Inside  bool            `json:"-"`                 // this process lives in NetNS, which is not the node's
+	Started func(int) error `json:"-"`                 // called with QEMU's pid before its guest runs; an error ends the start
+
 	Log *slog.Logger `json:"-"` // what happens while the guest runs; nil: nobody listens
 }
 
@@ -106,8 +112,9 @@ func (e *ConfigError) Error() string { return e.Err.Error() }
 // Unwrap gives the causes.
 func (e *ConfigError) Unwrap() error { return e.Err }
 
-// check fills in defaults, makes paths absolute and finds what can be found wrong without touching the machine.
-func (c *Config) check() error {
+// check fills in defaults, makes paths absolute and finds what can be found wrong without touching the machine. boots
+// says that the guest is known, too.
+func (c *Config) check(boots bool) error {
 	if err := CheckName(c.Name); err != nil {
 		return &ConfigError{err}
 	}
@@ -119,7 +126,7 @@ func (c *Config) check() error {
 	}
 	bad(c.CPUs < 1 || c.CPUs > qemu.MaxCPUs, "cpus: %d: use 1 to %d", c.CPUs, qemu.MaxCPUs)
 	bad(c.Memory < qemu.MinMemory || c.Memory > qemu.MaxMemory, "memory: %d MiB: use %d to %d MiB", c.Memory, qemu.MinMemory, qemu.MaxMemory)
-	bad(c.Image == nil && c.Kernel == "" && !c.Root, "nothing to boot: give an IMAGE, --disk PATH --root, or --kernel")
+	bad(boots && c.Image == nil && c.Kernel == "" && !c.Root, "nothing to boot: give an IMAGE, --disk PATH --root, or --kernel")
 	bad(c.Root && (c.Image != nil || c.Kernel != ""), "--root boots from the first --disk: leave IMAGE and --kernel out")
 	bad(c.Root && (len(c.Disks) == 0 || c.Disks[0].ReadOnly), "--root boots from the first --disk, and writes to it: give one, without ro")
 	bad(c.Kernel == "" && (c.Initrd != "" || c.Append != ""), "--initrd and --append need --kernel")

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -61,7 +62,11 @@ func newConsole(s Store, name string, guest net.Conn) (*console, error) {
 // listen makes a socket of a VM, and dial connects to it.
 func (s Store) listen(name, socket string) (l net.Listener, err error) {
 	err = inDir(s.run(name), func(dir string) (err error) {
-		l, err = net.Listen("unix", filepath.Join(dir, socket))
+		path := filepath.Join(dir, socket)
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) { // of the guest before this one
+			return err
+		}
+		l, err = net.Listen("unix", path)
 		return err
 	})
 	if err == nil {
@@ -227,8 +232,14 @@ func (c *console) Close() error {
 }
 
 // Console writes the guest's serial console to w, from its beginning to its end, and returns then.
-func (v *VM) Console(w io.Writer) error {
-	return v.console.copyTo(w, true, func() bool { return false })
+func (g *Guest) Console(w io.Writer) error {
+	return g.console.copyTo(w, true, func() bool { return false })
+}
+
+// Type types on the guest's serial console what r gives, until r or the guest ends.
+func (g *Guest) Type(r io.Reader) error {
+	_, err := io.Copy(g.console.guest, r)
+	return err
 }
 
 // Attach connects to the console of a running VM. The caller closes the connection.

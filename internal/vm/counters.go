@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"net"
 	"time"
 
@@ -39,6 +40,10 @@ func (v *VM) tellCounters(ctx context.Context) error {
 		return fmt.Errorf("listen for who asks for counters: %w", err)
 	}
 	context.AfterFunc(ctx, func() { l.Close() })
+	log := v.cfg.Log // Boot changes the configuration meanwhile
+	if log != nil {
+		log = log.With("vm", v.cfg.Name)
+	}
 	v.serve.Go(func() error {
 		for {
 			conn, err := l.Accept()
@@ -49,7 +54,7 @@ func (v *VM) tellCounters(ctx context.Context) error {
 				return fmt.Errorf("tell counters: %w", err)
 			}
 			_ = conn.SetDeadline(time.Now().Add(countersTime))
-			_ = json.NewEncoder(conn).Encode(v.counters()) // whoever asked may have gone
+			_ = json.NewEncoder(conn).Encode(v.counters(log)) // whoever asked may have gone
 			conn.Close()
 		}
 	})
@@ -57,7 +62,7 @@ func (v *VM) tellCounters(ctx context.Context) error {
 }
 
 // counters reads what there is; rules that cannot be read are left out.
-func (v *VM) counters() []Counters {
+func (v *VM) counters(log *slog.Logger) []Counters {
 	rules := map[string][]podnet.Rule{}
 	var joins []podnet.Join
 	for _, p := range v.ports {
@@ -66,8 +71,8 @@ func (v *VM) counters() []Counters {
 	// Through a handle of its own: the other one may be at work.
 	if ns, err := netns.Open(v.ns.Path()); err == nil {
 		rules, err = podnet.Rules(ns, joins)
-		if err != nil && v.cfg.Log != nil {
-			v.cfg.Log.Warn("read the filters", "vm", v.cfg.Name, "err", err)
+		if err != nil && log != nil {
+			log.Warn("read the filters", "err", err)
 		}
 		ns.Close()
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -107,10 +108,29 @@ func (v *VM) makeDisk(ctx context.Context) (string, error) {
 	if m.base == nil {
 		return "none needed", nil
 	}
-	path := v.store.data(v.cfg.Name, "disk.qcow2")
+	path := v.overlay()
 	var err error
 	m.overlay, err = image.CreateOverlay(ctx, v.cfg.QEMUImg, path, m.baseInfo.VirtualSize)
 	return path, err
+}
+
+// overlay is where the guest's writes go.
+func (v *VM) overlay() string {
+	if v.cfg.DiskDir != "" {
+		return filepath.Join(v.cfg.DiskDir, "disk.qcow2")
+	}
+	return v.store.data(v.cfg.Name, "disk.qcow2")
+}
+
+// dropDisk removes the files that only a running guest needs.
+func (v *VM) dropDisk() error {
+	var errs []error
+	for _, path := range []string{v.overlay(), v.store.data(v.cfg.Name, "seed.iso")} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // machine puts the guest together. The two socket ends are QEMU's.
@@ -198,6 +218,11 @@ func (v *VM) startQEMU() (string, error) {
 	if err := v.record(func(j *Journal) { j.QEMU = &pid }); err != nil {
 		return "", err
 	}
+	if v.cfg.Started != nil {
+		if err := v.cfg.Started(pid.PID); err != nil {
+			return "", err
+		}
+	}
 	return fmt.Sprintf("pid %d, %s", pid.PID, v.state.Accel), nil
 }
 
@@ -209,9 +234,10 @@ const greetingTimeout = 30 * time.Second
 func (v *VM) awaitQEMU(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, greetingTimeout)
 	defer cancel()
+	died := v.proc.Done()
 	go func() { // a QEMU that died does not keep us waiting
 		select {
-		case <-v.proc.Done():
+		case <-died:
 			cancel()
 		case <-ctx.Done():
 		}

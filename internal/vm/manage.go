@@ -32,9 +32,13 @@ func (s Store) Stop(ctx context.Context, name string, grace time.Duration) (kill
 	if err != nil {
 		return false, err
 	}
-	switch st.Status {
-	case Stopped:
+	switch {
+	case st.Status == Stopped:
 		return false, nil
+	case st.Config.Pod != "" && st.Status != Dead:
+		return false, fmt.Errorf("stop VM %q: it is the pod %s: delete that (kubectl delete pod)", name, st.Config.Pod)
+	}
+	switch st.Status {
 	case Dead:
 		return false, fmt.Errorf("stop VM %q: %w: its supervisor was killed; clean up: virtlet gc", name, ErrStopped)
 	}
@@ -136,7 +140,7 @@ func (s Store) Remove(ctx context.Context, name string, force bool) error {
 	if !force && st.Status != Stopped {
 		return fmt.Errorf("remove VM %q: %w: stop it first, or use -f", name, ErrRunning)
 	}
-	if st.Status == Running || st.Status == Starting {
+	if st.Status == Running || st.Status == Starting || st.Status == Idle {
 		if _, err := s.Stop(ctx, name, 0); err != nil && !errors.Is(err, ErrStopped) && !errors.Is(err, unix.ESRCH) {
 			return err
 		}

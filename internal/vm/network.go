@@ -33,7 +33,7 @@ func (v *VM) enter() (string, error) {
 	var inode uint64
 	if !own {
 		var err error
-		if inode, err = foreign(path); err != nil {
+		if inode, err = foreign(path, v.cfg.Inside); err != nil {
 			return "", err
 		}
 	}
@@ -60,8 +60,8 @@ func (v *VM) enter() (string, error) {
 func ownNetNS(name string) string { return filepath.Join(netns.Dir, "virtlet-"+name) }
 
 // foreign checks that a namespace that is to be joined is not the node's own, and gives its inode, by which it is known
-// when the path has come to mean another.
-func foreign(path string) (uint64, error) {
+// when the path has come to mean another. A supervisor that lives inside cannot tell, and its front end has.
+func foreign(path string, inside bool) (uint64, error) {
 	var st, node unix.Stat_t
 	if err := unix.Stat(path, &st); err != nil {
 		return 0, fmt.Errorf("join network namespace %s: %w", path, err)
@@ -69,7 +69,7 @@ func foreign(path string) (uint64, error) {
 	if err := unix.Stat("/proc/self/ns/net", &node); err != nil {
 		return 0, err
 	}
-	if st.Ino == node.Ino && st.Dev == node.Dev {
+	if here := st.Ino == node.Ino && st.Dev == node.Dev; here && !inside {
 		return 0, fmt.Errorf("join network namespace %s: it is the node's own, and a guest would take its network away; make one with `ip netns add`", path)
 	}
 	return st.Ino, nil
@@ -150,6 +150,11 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 	}
 	if err := errors.Join(v.nodeLinks(), v.keepRecording(snap, nics, notes)); err != nil {
 		return "", err
+	}
+	if v.cfg.Pod != "" && len(v.cfg.DNS) > 0 {
+		for i := range nics { // what a pod's resolvers are has been decided with what its networks say in mind
+			nics[i].DNS = nic.DNS{}
+		}
 	}
 	// With the default route, if any: networkd makes a route to a server where it is told of it, and mostly it is beyond.
 	told := max(0, slices.IndexFunc(nics, func(n nic.NIC) bool { return slices.ContainsFunc(n.Routes, nic.Route.IsDefault) }))

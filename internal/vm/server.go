@@ -98,10 +98,11 @@ func (v *VM) answer() (string, error) {
 
 // run lets a server answer until ctx ends.
 func (v *VM) run(ctx context.Context, nic string, s interface{ Run(context.Context) error }) {
+	log := v.log(nic) // Boot changes the configuration meanwhile
 	v.serve.Go(func() error {
 		err := s.Run(ctx)
-		if err != nil && v.cfg.Log != nil {
-			v.log(nic).Error("the guest gets no more answers", "err", err)
+		if err != nil && log != nil {
+			log.Error("the guest gets no more answers", "err", err)
 		}
 		return err
 	})

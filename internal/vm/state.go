@@ -17,10 +17,11 @@ import (
 // Status of a VM.
 type Status string
 
-// The life of a VM. Dead is never written: it is a VM whose supervisor ended without cleaning up.
+// The life of a VM. Idle is a pod's without a guest. Dead is never written: it is a VM whose supervisor ended without cleaning up.
 const (
 	Starting Status = "starting"
 	Running  Status = "running"
+	Idle     Status = "idle"
 	Stopped  Status = "stopped"
 	Dead     Status = "dead"
 )

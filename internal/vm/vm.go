@@ -4,6 +4,9 @@
 // [Start] makes a VM whose supervisor is the calling process: that process holds the VM's lock, is QEMU's parent and
 // answers its DHCP. [VM.Wait] blocks until the guest has ended and everything is undone. Whatever a VM does to the
 // machine is in its [Journal] first, so a supervisor that is killed leaves nothing that [Store.Clean] cannot remove.
+//
+// A front end that learns of the guest later, and may have to start it again, takes the two halves of Start:
+// [Prepare], which ends with a network that is served, and [VM.Boot]. It calls [VM.Close] at the end.
 package vm
 
 import (
@@ -12,7 +15,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"slices"
@@ -32,7 +34,7 @@ import (
 // time it took, when it is done. Two steps may run at once; calls do not overlap.
 type Progress func(step, result string, took time.Duration, done bool)
 
-// VM is a running VM whose supervisor is this process.
+// VM is a VM whose supervisor is this process: what of it outlives its guest, and the guest of now.
 type VM struct {
 	store   Store
 	cfg     Config
@@ -41,19 +43,13 @@ type VM struct {
 	journal Journal
 	id      string // of this run, for CNI and cloud-init: random, never reused
 
-	media   *media
 	before  []podnet.NodeLink // what the node had before the plugins ran
 	ns      *netns.NS
 	ports   []*podnet.Port
 	servers []server // of each port
-	proc    *qemu.Process
-	qmp     net.Conn // until monitor owns it
-	monitor *qemu.Monitor
-	console *console
-	killed  atomic.Bool // by Kill
+	used    bool     // the ports have had a guest
 
-	asked     sync.Once
-	powerdown chan struct{} // closed when the power button has been pressed
+	*Guest // never nil
 
 	serve errgroup.Group     // the servers
 	quiet context.CancelFunc // ends them
@@ -64,15 +60,33 @@ type VM struct {
 	err      error
 }
 
+// Guest is one run of QEMU.
+type Guest struct {
+	media   *media
+	proc    *qemu.Process
+	qmp     net.Conn // until monitor owns it
+	monitor *qemu.Monitor
+	console *console
+	killed  atomic.Bool // by Kill
+
+	asked     sync.Once
+	powerdown chan struct{} // closed when the power button has been pressed
+
+	ended chan struct{} // closed when its own things are undone; of a guest that Boot started
+	end   Exit
+	left  error
+}
+
+func newGuest() *Guest { return &Guest{powerdown: make(chan struct{}), ended: make(chan struct{})} }
+
 // Start starts a VM and returns when QEMU runs it. On an error, or when ctx ends first, nothing of it is left, and the
 // name is free again. After Start ctx has no meaning. progress may be nil. The caller calls Wait.
 func Start(ctx context.Context, s Store, cfg Config, progress Progress) (*VM, error) {
-	cfg = cfg.clone()
-	if err := cfg.check(); err != nil {
+	v, err := newVM(s, cfg, true, progress)
+	if err != nil {
 		return nil, err
 	}
-	v := &VM{store: s, cfg: cfg, done: make(chan struct{}), powerdown: make(chan struct{}), quiet: func() {}, progress: serial(progress)}
-	err := v.start(ctx)
+	err = v.start(ctx)
 	if err == nil {
 		err = ctx.Err() // a last step that did not look
 	}
@@ -81,6 +95,14 @@ func Start(ctx context.Context, s Store, cfg Config, progress Progress) (*VM, er
 	}
 	go v.supervise()
 	return v, nil
+}
+
+func newVM(s Store, cfg Config, boots bool, progress Progress) (*VM, error) {
+	cfg = cfg.clone()
+	if err := cfg.check(boots); err != nil {
+		return nil, err
+	}
+	return &VM{store: s, cfg: cfg, Guest: newGuest(), done: make(chan struct{}), quiet: func() {}, progress: serial(progress)}, nil
 }
 
 // start is the way of one VM; each line is a step that a reader can follow into its package.
@@ -173,20 +195,11 @@ func (v *VM) abandon(ctx context.Context) error {
 
 // stopServing ends QEMU and everything that this process does for it.
 func (v *VM) stopServing() error {
-	var errs []error
-	if v.proc != nil {
-		errs = append(errs, v.proc.Kill())
-		v.proc.Wait()
-	}
-	if v.monitor != nil {
-		v.monitor.Close()
-	} else if v.qmp != nil {
-		v.qmp.Close()
-	}
+	errs := []error{v.Guest.close()}
 	v.quiet()
 	errs = append(errs, v.serve.Wait())
-	for _, c := range v.closers() {
-		errs = append(errs, c.Close())
+	for _, p := range v.ports {
+		errs = append(errs, p.Close())
 	}
 	if v.ns == nil {
 		return errors.Join(errs...)
@@ -202,15 +215,23 @@ func (v *VM) stopServing() error {
 	return errors.Join(append(errs, v.ns.Close())...)
 }
 
-func (v *VM) closers() []io.Closer {
-	all := []io.Closer{v.media}
-	for _, p := range v.ports {
-		all = append(all, p)
+// close ends QEMU, and whatever serves it alone.
+func (g *Guest) close() error {
+	var errs []error
+	if g.proc != nil {
+		errs = append(errs, g.proc.Kill())
+		g.proc.Wait()
 	}
-	if v.console != nil {
-		all = append(all, v.console)
+	if g.monitor != nil {
+		g.monitor.Close()
+	} else if g.qmp != nil {
+		g.qmp.Close()
 	}
-	return all
+	errs = append(errs, g.media.Close())
+	if g.console != nil {
+		errs = append(errs, g.console.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // step runs one step of the start, tells of it, and names it in an error.

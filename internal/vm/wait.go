@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"os"
 	"sync"
 	"time"
 )
@@ -58,7 +57,7 @@ const pressAgain = 5 * time.Second
 
 // Powerdown presses the guest's power button (ACPI), again and again until the guest has ended, and does not wait.
 // Whether and when the guest obeys is its own affair; a QEMU that hangs does not hear it, and Kill ends that too.
-func (v *VM) Powerdown() { v.asked.Do(func() { close(v.powerdown) }) }
+func (g *Guest) Powerdown() { g.asked.Do(func() { close(g.powerdown) }) }
 
 // keepPressing presses the power button again and again, once it has been pressed, until the guest has ended.
 func (v *VM) keepPressing() {
@@ -84,30 +83,22 @@ func (v *VM) keepPressing() {
 }
 
 // Kill ends QEMU at once; the guest has no say.
-func (v *VM) Kill() error {
-	v.killed.Store(true)
-	return v.proc.Kill()
+func (g *Guest) Kill() error {
+	g.killed.Store(true)
+	return g.proc.Kill()
 }
 
 // supervise waits for the end of QEMU, undoes everything and writes the last state.
 func (v *VM) supervise() {
 	defer close(v.done)
-	var button sync.WaitGroup
-	button.Go(v.keepPressing)
-	v.exit = v.awaitEnd()
-	button.Wait()
+	v.exit = v.attend()
 	v.err = v.stopServing()
 	left, err := v.store.undo(context.Background(), v.cfg.Name, false)
-	v.err = errors.Join(v.err, err)
+	v.err = errors.Join(v.err, err, v.dropDisk())
 	v.note(left...)
 	for _, l := range left {
 		if v.cfg.Log != nil {
 			v.cfg.Log.Warn(l, "vm", v.cfg.Name)
-		}
-	}
-	for _, file := range []string{"disk.qcow2", "seed.iso"} { // what only a running guest needs
-		if err := os.Remove(v.store.data(v.cfg.Name, file)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			v.err = errors.Join(v.err, err)
 		}
 	}
 	if v.cfg.Remove && v.err == nil { // with the lock held: the name passes on at once
@@ -119,6 +110,14 @@ func (v *VM) supervise() {
 		v.state.Left = v.err.Error()
 	}
 	v.err = errors.Join(v.err, v.store.writeLast(v.state), v.lock.release())
+}
+
+// attend waits for the end of QEMU, and presses its power button meanwhile, once somebody has asked for that.
+func (v *VM) attend() Exit {
+	var button sync.WaitGroup
+	button.Go(v.keepPressing)
+	defer button.Wait()
+	return v.awaitEnd()
 }
 
 // awaitEnd listens to QEMU until it ends, and works out why it did.

@@ -1,0 +1,145 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/podnet"
+	"github.com/virtlet/virtlet/internal/testnet"
+)
+
+// podConfig is a VM with two queues in a namespace that somebody else keeps.
+func podConfig(t *testing.T, s Store) Config {
+	t.Helper()
+	cfg := testConfig(t, s, "halves")
+	node := testnet.NewNode(t, netip.MustParsePrefix("192.0.2.1/24"))
+	pod, _ := node.AddPod(t, testnet.PodSpec{Addrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.7/24")}})
+	cfg.Networks, cfg.NetNS, cfg.CPUs, cfg.Pod = nil, pod.Path(), 2, "default/halves"
+	return cfg
+}
+
+// A pod's network outlives its guests, each of which gets it as it was, and Close puts it back.
+func TestGuestsOfOneNetwork(t *testing.T) {
+	s := testStore(t)
+	cfg := podConfig(t, s)
+	before := machineState(t, s)
+	ns, err := netns.Open(cfg.NetNS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	was, err := podnet.Observe(ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := cfg.Image
+	cfg.Image = nil
+	v, err := Prepare(context.Background(), s, cfg, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	status := func(want Status) State {
+		t.Helper()
+		st, err := s.Get("halves")
+		if err != nil || st.Status != want {
+			t.Errorf("state %+v, %v, want %s", st, err, want)
+		}
+		return st
+	}
+	leases := status(Idle).Leases
+	if len(leases) != 1 || leases[0].Addr.String() != "192.0.2.7/24" {
+		t.Errorf("leases %+v", leases)
+	}
+	if _, err := s.Stop(context.Background(), "halves", 0); err == nil || !strings.Contains(err.Error(), "default/halves") {
+		t.Errorf("stop of a pod's VM: %v", err)
+	}
+	guest := v.Config()
+	guest.Image = &Disk{Path: filepath.Join(t.TempDir(), "none.raw")}
+	if _, err := v.Boot(context.Background(), guest); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("boot without an image: %v", err)
+	}
+	guest.Image, guest.DiskDir = image, t.TempDir()
+	for range 2 {
+		pid := 0
+		guest.Started = func(p int) error { pid = p; return nil }
+		g, err := v.Boot(context.Background(), guest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if g.PID() != pid || status(Running).QEMU.PID != pid {
+			t.Errorf("QEMU is %d, and Started was called with %d", g.PID(), pid)
+		}
+		if _, err := os.Stat(filepath.Join(guest.DiskDir, "disk.qcow2")); err != nil {
+			t.Error(err)
+		}
+		if all, err := s.Counters("halves"); err != nil || len(all) != 1 || all[0].DHCP == nil {
+			t.Errorf("counters %+v, %v", all, err)
+		}
+		if _, err := v.Boot(context.Background(), guest); !errors.Is(err, ErrBusy) {
+			t.Errorf("a second guest: %v", err)
+		}
+		if err := errors.Join(g.Pause(t.Context()), g.Resume(t.Context()), g.Kill()); err != nil {
+			t.Error(err)
+		}
+		if exit, err := g.Wait(); err != nil || exit.Reason != Killed {
+			t.Errorf("exit %+v, %v", exit, err)
+		}
+		if err := g.Console(io.Discard); err != nil {
+			t.Errorf("console of a guest that has ended: %v", err)
+		}
+		if files, _ := os.ReadDir(guest.DiskDir); len(files) > 0 {
+			t.Errorf("left in the disk's directory: %v", files)
+		}
+	}
+	if d := cmp.Diff(leases, status(Idle).Leases, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {
+		t.Errorf("the network has changed: %s", d)
+	}
+	// An end that nobody has waited for, and a hook that refuses.
+	if _, err := v.Boot(context.Background(), guest); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Get("halves"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("state after Close: %v", err)
+	}
+	is, err := podnet.Observe(ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(was, is, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); d != "" {
+		t.Errorf("the namespace has changed (-before +after): %s", d)
+	}
+	nothingLeft(t, s, before)
+}
+
+func TestStartedRefuses(t *testing.T) {
+	s := testStore(t)
+	cfg := podConfig(t, s)
+	v, err := Prepare(context.Background(), s, cfg, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused := errors.New("no such cgroup")
+	guest := v.Config()
+	guest.Started = func(int) error { return refused }
+	if _, err := v.Boot(context.Background(), guest); !errors.Is(err, refused) {
+		t.Errorf("boot: %v", err)
+	}
+	if err := v.Close(); err != nil {
+		t.Error(err)
+	}
+	if left := qemus(); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}
