@@ -21,10 +21,9 @@ help: ## list the targets
 setup: ## install the Debian packages and the Go that are missing
 	@hack/setup.sh
 
-# A static binary. Go's own stamp (-buildvcs) fails in a checkout that belongs to somebody else, as under sudo.
-build: ## build bin/virtlet
-	@CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$(VERSION)" \
-		-o bin/virtlet ./cmd/virtlet
+# Static binaries. Go's own stamp (-buildvcs) fails in a checkout that belongs to somebody else, as under sudo.
+build: ## build bin/virtlet and bin/containerd-shim-virtlet-v2
+	@CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$(VERSION)" -o bin/ ./cmd/...
 
 plugins: ## build the reference CNI plugins, pinned in go.mod: bin/cni
 	@hack/plugins.sh
@@ -57,16 +56,16 @@ lint: ## run the checks without the tests
 bench: setup build plugins ## run the benchmarks
 	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh -run '^$$' -bench . -benchmem
 
-install: ## install virtlet and the plugins below PREFIX (/usr/local)
+install: ## install virtlet, the shim and the plugins below PREFIX (/usr/local)
 	@[ -x bin/virtlet ] && [ -d bin/cni ] || $(MAKE) --no-print-directory build plugins
-	install -D -m 0755 bin/virtlet "$(DESTDIR)$(PREFIX)/bin/virtlet"
+	install -D -m 0755 -t "$(DESTDIR)$(PREFIX)/bin" bin/virtlet bin/containerd-shim-virtlet-v2
 	install -d -m 0755 "$(DESTDIR)$(PREFIX)/libexec/virtlet/cni"
 	install -m 0755 bin/cni/* "$(DESTDIR)$(PREFIX)/libexec/virtlet/cni"
 	install -d -m 0755 "$(DESTDIR)$(PREFIX)/share/bash-completion/completions"
 	bin/virtlet completion bash >"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/virtlet"
 
 uninstall: ## remove what install has installed below PREFIX
-	rm -rf "$(DESTDIR)$(PREFIX)/bin/virtlet" "$(DESTDIR)$(PREFIX)/libexec/virtlet" \
+	rm -rf "$(DESTDIR)$(PREFIX)/bin/virtlet" "$(DESTDIR)$(PREFIX)/bin/containerd-shim-virtlet-v2" "$(DESTDIR)$(PREFIX)/libexec/virtlet" \
 		"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/virtlet"
 
 clean: ## remove bin/; the caches stay

@@ -22,8 +22,10 @@ const module = "github.com/virtlet/virtlet"
 
 // edges is every package and what it may import of this module. Tests may import whatever Go lets them.
 var edges = map[string][]string{
-	"":            nil, // this file
-	"cmd/virtlet": {"internal/vm"},
+	"":                               nil, // this file
+	"cmd/virtlet":                    {"internal/vm"},
+	"cmd/containerd-shim-virtlet-v2": {"internal/shim"},
+	"internal/shim":                  {"internal/vm"},
 	"internal/vm": {
 		"internal/cloudinit", "internal/cni", "internal/dhcp", "internal/image", "internal/netns", "internal/nic",
 		"internal/podnet", "internal/qemu", "internal/ssh",
@@ -43,10 +45,11 @@ var edges = map[string][]string{
 	"test/guest/build":   nil,
 	"test/lab":           nil,
 	"test/lab/replay":    {"internal/netns", "internal/nic", "internal/podnet"},
+	"test/pods":          nil,
 }
 
 // testOnly are packages that nothing but tests, and they themselves, may import or be part of.
-var testOnly = []string{"internal/testnet", "test", "test/guest", "test/guest/build", "test/lab", "test/lab/replay"}
+var testOnly = []string{"internal/testnet", "test", "test/guest", "test/guest/build", "test/lab", "test/lab/replay", "test/pods"}
 
 // guarded are imports that have one place: the first row whose prefix fits says who may have them outside of tests.
 var guarded = []struct {
@@ -57,8 +60,14 @@ var guarded = []struct {
 	{"github.com/vishvananda/netns", nil}, // a door of its own into namespaces
 	{"github.com/containernetworking/cni/pkg/types", []string{"internal/cni", "internal/nic", "internal/vm"}},
 	{"github.com/containernetworking/cni", []string{"internal/cni"}},
-	{"github.com/containernetworking/plugins", nil}, // they are programs, run by internal/cni
+	{"github.com/containernetworking/plugins", nil},               // they are programs, run by internal/cni
+	{"github.com/containerd/containerd/api/runtime/task/v3", nil}, // brings all of gRPC; version 2 has the same messages
 	{"github.com/containerd", []string{"internal/shim"}},
+	{"google.golang.org/grpc/codes", []string{"internal/shim"}},
+	{"google.golang.org/grpc/status", []string{"internal/shim"}},
+	{"google.golang.org/grpc", testOnly},
+	{"github.com/opencontainers", []string{"internal/shim"}},
+	{"k8s.io", testOnly},
 	{"os/exec", append([]string{"internal/cni", "internal/image", "internal/qemu", "internal/ssh"}, testOnly...)},
 	{"testing", testOnly},
 }

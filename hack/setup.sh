@@ -28,6 +28,7 @@ needed() {
 		mmdebstrap               mmdebstrap       the Debian image of the tests
 		mke2fs                   e2fsprogs        the same
 		ssh                      openssh-client   virtlet ssh, and its tests
+		dpkg-deb                 dpkg             tests of pods: Debian's containerd, which is not installed
 		git                      git              the version of the build
 		gcc                      gcc              tests: the race detector is C
 		/usr/include/stdlib.h    libc6-dev        the same
