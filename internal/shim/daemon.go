@@ -79,7 +79,9 @@ func (c *call) serve() error {
 	d := newDaemon(c.Shim, c.namespace, c.id, c.getenv("TTRPC_ADDRESS"), log)
 	err = d.run(l)
 	if err == nil || errors.Is(err, ttrpc.ErrServerClosed) {
-		err = os.Remove(c.socket(c.id))
+		if err = os.Remove(c.socket(c.id)); errors.Is(err, os.ErrNotExist) { // `delete` was faster
+			err = nil
+		}
 	}
 	if err != nil {
 		log.Error(one(err))

@@ -56,7 +56,7 @@ func (c *call) delete(ctx context.Context) ([]byte, error) {
 
 // undoDead undoes the VM of a daemon that is dead: QEMU, the network, its files.
 func (c *call) undoDead(ctx context.Context, name string) error {
-	err := c.Store.Remove(ctx, name, true)
+	err := c.Store.RemovePod(ctx, name)
 	if errors.Is(err, vm.ErrNotFound) {
 		return nil
 	}

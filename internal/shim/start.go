@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -15,7 +16,11 @@ import (
 	"time"
 
 	bootstrap "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
+	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/virtlet/virtlet/internal/vm"
@@ -87,13 +92,20 @@ func (c *call) socket(sandbox string) string {
 	return filepath.Join(c.Sockets, "virtlet-"+hex.EncodeToString(sum[:16]))
 }
 
+// answers asks a daemon something that none knows. To connect is not enough: one that has been killed can do so for its
+// last moments.
 func answers(socket string) bool {
-	conn, err := net.DialTimeout("unix", socket, time.Second)
+	const limit = 2 * time.Second
+	conn, err := net.DialTimeout("unix", socket, limit)
 	if err != nil {
 		return false
 	}
-	conn.Close()
-	return true
+	client := ttrpc.NewClient(conn)
+	defer client.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	_, err = taskapi.NewTTRPCTaskClient(client).Connect(ctx, &taskapi.ConnectRequest{})
+	return status.Code(err) == codes.NotFound
 }
 
 // startDaemon starts the daemon of a pod: a process in a session of its own, born in the pod's network namespace, where

@@ -1,8 +1,10 @@
 package vm
 
 import (
+	"context"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/virtlet/virtlet/internal/cni"
 	"github.com/virtlet/virtlet/internal/netns"
@@ -69,4 +71,14 @@ func ParseMemory(s string) (int64, error) {
 		return 0, fmt.Errorf("%q: use 512Mi, 2Gi or a number of MiB", s)
 	}
 	return n * unit, nil
+}
+
+// RemovePod undoes and erases the VM of a pod whose supervisor has ended. The supervisor may be about to end: its socket
+// is closed before its lock. [ErrRunning] when it lives on.
+func (s Store) RemovePod(ctx context.Context, name string) error {
+	const moment = 3 * time.Second // a manager waits 5 s for what calls this
+	if _, err := s.await(ctx, name, moment); err != nil {
+		return err
+	}
+	return s.clean(ctx, name, true, false)
 }

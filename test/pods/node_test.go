@@ -86,8 +86,9 @@ func newNode(t *testing.T) *node {
 	n.holder = exec.Command("/proc/self/exe")
 	n.holder.Env = append(os.Environ(), "PATH="+shim+":"+os.Getenv("PATH"), "NODE_LOG="+n.dir+"/containerd.log",
 		nodeEnv+"="+bin+"/containerd --config "+n.dir+"/config.toml")
+	// It ends when its standard input does, and so with this process.
 	n.holder.SysProcAttr = &unix.SysProcAttr{
-		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS, Pdeathsig: unix.SIGKILL,
+		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
 	}
 	n.holder.Stderr = os.Stderr
 	var err error
