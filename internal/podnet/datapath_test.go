@@ -13,7 +13,6 @@ import (
 	"time"
 	"unsafe"
 
-	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/nic"
@@ -217,7 +216,7 @@ func testDetachUnderTraffic(t *testing.T, kind string) {
 		p.Close()
 	}
 	quiet(t, pod)
-	if d := cmp.Diff(a.before, observe(t, pod), settled); d != "" {
+	if d := changed(t, pod, a.before); d != "" {
 		t.Errorf("-before +after:\n%s", d)
 	}
 	if kind == "tap" {

@@ -192,6 +192,17 @@ func observe(t testing.TB, n *testnet.Namespace) nic.Snapshot {
 	return s
 }
 
+// changed says how the namespace differs from what it was, when it has had its time to settle: see quiet.
+func changed(t testing.TB, n *testnet.Namespace, was nic.Snapshot) (diff string) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if diff = gocmp.Diff(was, observe(t, n), settled); diff == "" {
+			return ""
+		}
+	}
+	return diff
+}
+
 // quiet waits until the addresses of the namespace have settled. The kernel gives a link its IPv6 link-local address when
 // the link watch has seen it up, a moment after it is, and then looks whether another host has that address. Whoever
 // compares two observations calls it before each of them.

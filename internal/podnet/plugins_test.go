@@ -6,8 +6,6 @@ import (
 	"net/netip"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
-
 	"github.com/virtlet/virtlet/internal/cni"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/testnet"
@@ -94,12 +92,12 @@ func TestReferencePlugins(t *testing.T) {
 				t.Fatal(err)
 			}
 			quiet(t, pod)
-			if d := cmp.Diff(a.before, observe(t, pod), settled); d != "" {
+			if d := changed(t, pod, a.before); d != "" {
 				t.Errorf("-before +after:\n%s", d)
 			}
 			caller.Must(func() error { return runtime.Del(context.Background(), add) })
 			quiet(t, pod)
-			if d := cmp.Diff(bare, observe(t, pod), settled); d != "" {
+			if d := changed(t, pod, bare); d != "" {
 				t.Errorf("after DEL (-before +after):\n%s", d)
 			}
 		})

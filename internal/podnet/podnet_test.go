@@ -197,7 +197,7 @@ func testDetachRestoresExactly(t *testing.T, kind string, shape func(*testing.T,
 			t.Fatalf("%s Detach: %v", again, err)
 		}
 		quiet(t, pod)
-		if d := cmp.Diff(a.before, observe(t, pod), settled); d != "" {
+		if d := changed(t, pod, a.before); d != "" {
 			t.Errorf("after the %s Detach (-before +after):\n%s", again, d)
 		}
 	}
@@ -222,7 +222,7 @@ func TestDetachRestoresRoutesWithASource(t *testing.T) {
 			t.Fatal(err)
 		}
 		quiet(t, pod)
-		if diff := cmp.Diff(a.before, observe(t, pod), settled); diff != "" {
+		if diff := changed(t, pod, a.before); diff != "" {
 			t.Errorf("-before +after:\n%s", diff)
 		}
 	}
@@ -273,7 +273,7 @@ func testDetachOfALivingTap(t *testing.T, kind string) {
 		want.Links = slices.Clone(want.Links)
 		want.Link("eth0").InUse = true
 	}
-	if d := cmp.Diff(want, observe(t, pod), settled); d != "" {
+	if d := changed(t, pod, want); d != "" {
 		t.Error(d)
 	}
 }
@@ -320,7 +320,7 @@ func TestFailedAttachLeavesTheNamespaceAsItWas(t *testing.T) {
 					t.Fatalf("ports %v, error %v, want one with %q", ports, err, c.want)
 				}
 				quiet(t, pod)
-				if d := cmp.Diff(after, observe(t, pod), settled); d != "" {
+				if d := changed(t, pod, after); d != "" {
 					t.Errorf("-before +after:\n%s", d)
 				}
 			})
@@ -340,7 +340,7 @@ func TestCancelledAttach(t *testing.T) {
 		t.Fatal(err)
 	}
 	quiet(t, pod)
-	if d := cmp.Diff(before, observe(t, pod), settled); d != "" {
+	if d := changed(t, pod, before); d != "" {
 		t.Error(d)
 	}
 }
@@ -357,7 +357,7 @@ func TestSecondAttachIsRefused(t *testing.T) {
 	if _, err := Attach(context.Background(), pod.NS, between, nics, Options{}, noJournal); err == nil || !strings.Contains(err.Error(), "gc") {
 		t.Errorf("second Attach: %v, want advice", err)
 	}
-	if d := cmp.Diff(between, observe(t, pod), settled); d != "" {
+	if d := changed(t, pod, between); d != "" {
 		t.Errorf("the refused Attach changed something: %s", d)
 	}
 }
@@ -371,7 +371,7 @@ func TestJournalComesFirst(t *testing.T) {
 	called := 0
 	ports, err := Attach(context.Background(), pod.NS, before, plainNICs(before), Options{}, func(r Record) error {
 		called++
-		if d := cmp.Diff(before, observe(t, pod), settled); d != "" {
+		if d := changed(t, pod, before); d != "" {
 			t.Errorf("changed before the record was kept: %s", d)
 		}
 		if len(r.Joins) != 1 || r.Joins[0].Link != "eth0" || len(r.Snapshot.Links) != 1 {

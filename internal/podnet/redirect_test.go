@@ -293,7 +293,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 						t.Fatal(err)
 					}
 					quiet(t, pod)
-					if d := cmp.Diff(before, observe(t, pod), settled); d != "" {
+					if d := changed(t, pod, before); d != "" {
 						t.Errorf("-before +after:\n%s", d)
 					}
 				}
