@@ -194,7 +194,7 @@ func resolver(d nic.DNS, family func(netip.Addr) bool, note func(string, ...any)
 		}
 	}
 	if len(d.Options) > 0 {
-		note("DHCP carries no resolver options, %q are left out; cloud-init can carry them", d.Options)
+		note("DHCP carries no resolver options, %q are left out: set them in the guest, by user-data", d.Options)
 	}
 	return out
 }

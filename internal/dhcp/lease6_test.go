@@ -109,7 +109,7 @@ var lease6Cases = map[string]struct {
 		want:     Lease6{Addrs: addrs("2001:db8::2"), DNS: nic.DNS{Domain: "a.example"}},
 		notes: []string{
 			`eth0: search domain "b..example" is no valid name, it is left out of DHCP`,
-			`eth0: DHCP carries no resolver options, ["ndots:5"] are left out; cloud-init can carry them`,
+			`eth0: DHCP carries no resolver options, ["ndots:5"] are left out: set them in the guest, by user-data`,
 			`eth0: host name "-vm" is no valid name (RFC 1123), it is left out of DHCP`,
 		},
 	},
