@@ -28,28 +28,34 @@ var edges = map[string][]string{
 	"internal/shim":                  {"internal/vm"},
 	"internal/vm": {
 		"internal/cloudinit", "internal/cni", "internal/dhcp", "internal/image", "internal/netns", "internal/nic",
-		"internal/podnet", "internal/qemu", "internal/ssh",
+		"internal/pci", "internal/podnet", "internal/qemu", "internal/ssh",
 	},
-	"internal/podnet":    {"internal/netns", "internal/nic"},
+	"internal/podnet":    {"internal/netns", "internal/nic", "internal/pci"},
 	"internal/dhcp":      {"internal/nic"},
 	"internal/cloudinit": {"internal/nic"},
 	"internal/cni":       {"internal/netns"},
 	"internal/netns":     nil,
 	"internal/nic":       nil,
+	"internal/pci":       nil,
 	"internal/qemu":      nil,
 	"internal/image":     nil,
 	"internal/ssh":       nil,
 	"internal/testnet":   {"internal/netns", "internal/nic"},
+	"internal/testpci":   {"internal/pci"},
 	"test":               nil,
 	"test/guest":         nil,
 	"test/guest/build":   nil,
 	"test/lab":           nil,
+	"test/sriov":         nil,
 	"test/lab/replay":    {"internal/netns", "internal/nic", "internal/podnet"},
 	"test/pods":          nil,
 }
 
 // testOnly are packages that nothing but tests, and they themselves, may import or be part of.
-var testOnly = []string{"internal/testnet", "test", "test/guest", "test/guest/build", "test/lab", "test/lab/replay", "test/pods"}
+var testOnly = []string{
+	"internal/testnet", "internal/testpci", "test", "test/guest", "test/guest/build", "test/lab", "test/lab/replay", "test/pods",
+	"test/sriov",
+}
 
 // guarded are imports that have one place: the first row whose prefix fits says who may have them outside of tests.
 var guarded = []struct {
