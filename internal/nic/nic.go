@@ -118,7 +118,14 @@ func (d DNS) IsZero() bool {
 	return len(d.Servers) == 0 && d.Domain == "" && len(d.Search) == 0 && len(d.Options) == 0
 }
 
-// VF is an SR-IOV virtual function that goes to the guest by PCI passthrough.
+// VF is a PCI function that goes to the guest by passthrough: an SR-IOV virtual function, or on purpose another.
 type VF struct {
-	BDF string `json:"bdf"` // PCI address: 0000:01:10.0
+	BDF   string `json:"bdf"`            // PCI address: 0000:01:10.0
+	PF    string `json:"pf,omitempty"`   // network device of its physical function; "": it is no virtual function
+	Index int    `json:"index"`          // among the virtual functions of PF
+	Group int    `json:"group"`          // of the IOMMU; -1: none
+	MAC   MAC    `json:"mac,omitzero"`   // that PF has for it; unset: none
+	VLAN  int    `json:"vlan,omitempty"` // that PF puts on the guest's frames, where the guest does not see it; 0: none
+	// Detached says that it was with VFIO already when it was seen, and so without a network device.
+	Detached bool `json:"detached,omitempty"`
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -18,6 +17,7 @@ type Attachment struct {
 	Network string           // CNI network name
 	Plugin  string           // type of the network's first plugin, which makes the interface; "" where unknown
 	IfName  string           // CNI_IFNAME of the ADD: eth0
+	Device  string           // PCI address that the network was given (deviceID), as a device plugin chose it; "": none
 	Result  *types100.Result // of version 1.x, converted if need be; nil where only the namespace is known
 }
 
@@ -45,10 +45,6 @@ var fallbackKinds = map[string]bool{
 	"ip6gre": true, "ip6gretap": true, "ip6erspan": true,
 }
 
-// pciAddress is how the kernel prints a PCI address: domain, bus, device, function. Some root ports make domains of
-// more than four digits.
-var pciAddress = regexp.MustCompile(`^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$`)
-
 // Plan works out the guest's interfaces from what the CNI plugins answered and from what they did to the namespace.
 // notes are sentences for the user about what was corrected or could not be carried over; they are given beside an
 // error too. as may be empty: then the namespace alone speaks. Plan changes neither as nor snap.
@@ -73,7 +69,8 @@ func Plan(as []Attachment, snap Snapshot) (nics []NIC, notes []string, err error
 
 // planner is the state of one Plan.
 type planner struct {
-	links  []*Link           // by interface index
+	links  []*Link // by interface index, then those of functions without one
+	vfs    []VF
 	drafts map[string]*draft // by the link's name
 	claims []claim           // one for each attachment
 	order  []*draft          // the guest's interfaces
@@ -114,10 +111,12 @@ func newPlanner(snap Snapshot) *planner {
 		}
 	}
 	slices.SortStableFunc(p.links, func(a, b *Link) int { return cmp.Compare(a.Index, b.Index) })
+	p.vfs = snap.VFs
 	return p
 }
 
 func (p *planner) plan(as []Attachment) ([]NIC, error) {
+	p.detached(as)
 	if err := p.arrange(as); err != nil {
 		return nil, err
 	}
@@ -345,7 +344,10 @@ func (p *planner) identify(d *draft) error {
 		if !pciAddress.MatchString(l.ParentDev) {
 			return fmt.Errorf("%s: its device %s has no PCI address (like 0000:01:10.0): use another SR-IOV function", where, quote(l.ParentDev))
 		}
-		d.VF = &VF{BDF: l.ParentDev}
+		d.VF = &VF{BDF: l.ParentDev, Group: -1}
+		if seen := p.vf(l.ParentDev); seen != nil {
+			*d.VF = *seen
+		}
 		return nil
 	}
 	if d.MTU > MaxTapMTU {

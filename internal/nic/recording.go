@@ -25,6 +25,7 @@ type Recording struct {
 type Answer struct {
 	Network string          `json:"network"`
 	IfName  string          `json:"ifName"`
+	Device  string          `json:"device,omitempty"`  // as of Attachment
 	Plugins []string        `json:"plugins,omitempty"` // their types, in the order of the chain
 	Result  json.RawMessage `json:"result,omitempty"`  // as the last plugin printed it, of any CNI version; left out where only the namespace is known
 }

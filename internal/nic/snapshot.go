@@ -6,6 +6,7 @@ import "net/netip"
 // guest's interfaces, and enough to put every link back exactly as it was. It holds nothing secret.
 type Snapshot struct {
 	Links   []Link            `json:"links"`             // by interface index; the loopback is left out
+	VFs     []VF              `json:"vfs,omitempty"`     // the PCI functions that Functions has named
 	Sysctls map[string]string `json:"sysctls,omitempty"` // of the namespace itself, those that virtlet changes, by path below /proc/sys/net
 }
 
