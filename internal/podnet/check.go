@@ -53,5 +53,21 @@ func Check(ns *netns.NS, rec Record) error {
 		bad(j.datapath() == Redirected && !link.AllMulti, "it does not take every multicast group")
 		bad(len(rules[j.Link]) == 0, "its filters are gone")
 	}
+	return errors.Join(append(errs, checkVFs(rec))...)
+}
+
+func checkVFs(rec Record) error {
+	if len(rec.VFs) == 0 {
+		return nil
+	}
+	m, done, err := newMachine(nil)
+	if err != nil {
+		return err
+	}
+	defer done()
+	var errs []error
+	for _, h := range rec.VFs {
+		errs = append(errs, m.check(h))
+	}
 	return errors.Join(errs...)
 }

@@ -16,22 +16,27 @@ import (
 
 // Detach undoes what Attach did, wholly or in part, so that the CNI plugin's DEL finds what its ADD left. It works from
 // the Record alone, takes what is gone already as done, never stops early, and may be called again. QEMU must have
-// ended: a guest still running loses its network.
+// ended: a guest still running loses its network. ns may be nil, where the namespace has gone: then the PCI functions
+// alone are put back, on the node.
 func Detach(ns *netns.NS, rec Record) error {
+	errs := []error{giveBack(ns, rec)}
+	if ns == nil {
+		return errs[0]
+	}
 	k := &kernel{h: ns.Netlink(), nft: ns.Nftables()}
-	errs := []error{k.removeFilters(), k.removeLinks(rec)}
+	errs = append(errs, k.removeFilters(), k.removeLinks(rec))
 	// What is left to put back differs from what was seen at the start.
 	now, err := Observe(ns)
 	if err != nil {
 		return errors.Join(append(errs, err)...)
 	}
-	for _, j := range rec.Joins {
-		want, is := rec.Snapshot.Link(j.Link), now.Link(j.Link)
-		if want == nil || is == nil || is.Index != want.Index {
+	for _, name := range rec.links() {
+		want, is := rec.Snapshot.Link(name), now.Link(name)
+		if !same(want, is) {
 			continue // taken away or replaced since: not ours to touch
 		}
 		if err := ns.Do(func() error { return k.restore(want, is) }); err != nil {
-			errs = append(errs, fmt.Errorf("restore %s: %w", j.Link, err))
+			errs = append(errs, fmt.Errorf("restore %s: %w", name, err))
 		}
 	}
 	// A second look: addresses bring routes back with them, and switching IPv6 on brings addresses.
@@ -40,13 +45,13 @@ func Detach(ns *netns.NS, rec Record) error {
 	}
 	errs = append(errs, ns.Do(func() error {
 		var errs []error
-		for _, j := range rec.Joins {
-			want, is := rec.Snapshot.Link(j.Link), now.Link(j.Link)
-			if want == nil || is == nil || is.Index != want.Index {
+		for _, name := range rec.links() {
+			want, is := rec.Snapshot.Link(name), now.Link(name)
+			if !same(want, is) {
 				continue
 			}
 			if err := k.restoreRoutes(want, is); err != nil {
-				errs = append(errs, fmt.Errorf("restore %s: %w", j.Link, err))
+				errs = append(errs, fmt.Errorf("restore %s: %w", name, err))
 			}
 		}
 		return errors.Join(append(errs, k.restoreMultipath(rec, &now), writeSysctls(rec.Snapshot.Sysctls))...)
@@ -55,6 +60,46 @@ func Detach(ns *netns.NS, rec Record) error {
 		return fmt.Errorf("detach: %w", err)
 	}
 	return nil
+}
+
+// giveBack returns the PCI functions of a record.
+func giveBack(ns *netns.NS, rec Record) error {
+	if len(rec.VFs) == 0 {
+		return nil
+	}
+	m, done, err := newMachine(ns)
+	if err != nil {
+		return err
+	}
+	defer done()
+	var errs []error
+	for _, h := range rec.VFs {
+		if err := m.giveBack(h); err != nil {
+			errs = append(errs, fmt.Errorf("return %s: %w", h.NIC, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// links gives the names of the links that Attach has changed.
+func (r *Record) links() []string {
+	var all []string
+	for _, j := range r.Joins {
+		all = append(all, j.Link)
+	}
+	for _, h := range r.VFs {
+		all = append(all, h.NIC)
+	}
+	return all
+}
+
+// same says whether a link is the one that was meant: by its index, or by its PCI function, of which the driver makes a
+// new device each time.
+func same(want, is *nic.Link) bool {
+	if want == nil || is == nil {
+		return false
+	}
+	return is.Index == want.Index || want.ParentDev != "" && want.ParentDev == is.ParentDev && want.ParentBus == is.ParentBus
 }
 
 // removeLinks deletes the bridges and TAPs of Attach.
@@ -155,7 +200,7 @@ func (k *kernel) restoreMultipath(rec Record, now *nic.Snapshot) error {
 	for i := range rec.Snapshot.Links {
 		want := &rec.Snapshot.Links[i]
 		is := now.Link(want.Name)
-		if is == nil || is.Index != want.Index {
+		if !same(want, is) {
 			continue
 		}
 		for _, r := range want.Routes {

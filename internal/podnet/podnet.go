@@ -6,6 +6,8 @@
 //	guest === TAP ---- redirect ---- macvlan, ipvlan ~~~
 //	guest === TAP that was there ~~~
 //
+// or hands the NIC's PCI function itself over to QEMU, through VFIO; its PF then holds the guest to MAC and VLAN.
+//
 // The guest takes over the link's MAC, addresses and routes, so the link gives them up (by redirect, it keeps the MAC); the
 // namespace's own stack keeps no address there and stays silent. Rules of nftables at the two ends keep apart what must
 // never meet - the guest's DHCP and router advertisements and the cluster's, the guest and its own frames reflected by a
@@ -23,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -37,12 +40,19 @@ type Options struct {
 	Vhost  bool // open /dev/vhost-net once for every queue, where the machine has it
 
 	Policies map[string]Policy // of the filters, by the NIC's name; a NIC without one has the zero Policy
+
+	// Of PCI functions: whom QEMU runs as, whether it takes their descriptors (iommufd), and whether one may go to a guest
+	// that is no virtual function.
+	UID           uint32
+	IOMMUFD       bool
+	AllowPhysical bool
 }
 
 // Record is what Detach needs to put a namespace back. It is written before Attach changes anything.
 type Record struct {
 	Snapshot nic.Snapshot `json:"snapshot"`
 	Joins    []Join       `json:"joins"`
+	VFs      []Handover   `json:"vfs,omitempty"`
 }
 
 // Join names the links of one NIC.
@@ -73,6 +83,7 @@ type Port struct {
 	Join  Join
 	Taps  []*os.File // one for each queue, IFF_VNET_HDR set
 	Vhost []*os.File // as many as Taps, or none
+	VF    *Passed    // instead of all that, of a NIC that is a PCI function
 
 	ns       *netns.NS
 	tapIndex int
@@ -85,6 +96,14 @@ func (p *Port) Close() error {
 		errs = append(errs, f.Close())
 	}
 	p.Taps, p.Vhost = nil, nil
+	if vf := p.VF; vf != nil {
+		for _, f := range []*os.File{vf.Device, vf.IOMMU} {
+			if f != nil {
+				errs = append(errs, f.Close())
+			}
+		}
+		vf.Device, vf.IOMMU = nil, nil
+	}
 	return errors.Join(errs...)
 }
 
@@ -101,12 +120,51 @@ func Attach(ctx context.Context, ns *netns.NS, snap nic.Snapshot, nics []nic.NIC
 	if err != nil {
 		return nil, err
 	}
+	var m *machine
+	if len(taps(nics)) < len(nics) {
+		var done func()
+		if m, done, err = newMachine(ns); err != nil {
+			return nil, err
+		}
+		defer done()
+		if rec.VFs, err = m.plan(nics, o); err != nil {
+			return nil, err
+		}
+	}
 	if err := journal(rec); err != nil {
 		return nil, fmt.Errorf("record the network before changing it: %w", err)
 	}
+	ports, err := attachTaps(ctx, ns, rec, taps(nics), o)
+	for _, h := range rec.VFs {
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			break
+		}
+		p := &Port{NIC: nics[slices.IndexFunc(nics, func(n nic.NIC) bool { return n.Name == h.NIC })], ns: ns}
+		p.VF, err = m.take(h, o)
+		ports = append(ports, p)
+		if err != nil {
+			err = fmt.Errorf("attach %s: %w", h.NIC, err)
+		}
+	}
+	if err == nil {
+		return inOrder(ports, nics), nil
+	}
+	for _, p := range ports {
+		p.Close()
+	}
+	return nil, errors.Join(err, Detach(ns, rec))
+}
+
+// attachTaps joins the NICs that are served through TAPs. The ports own descriptors, also beside an error.
+func attachTaps(ctx context.Context, ns *netns.NS, rec Record, nics []nic.NIC, o Options) (ports []*Port, err error) {
+	if len(nics) == 0 {
+		return nil, nil
+	}
 	a := newAttempt(ns, rec, nics, o)
 	go a.filter() // attach waits for it
-	var ports []*Port
 	// One visit to the namespace's thread: waking it is what costs on a busy machine.
 	err = ns.Do(func() error {
 		ports, err = a.attach(ctx)
@@ -115,13 +173,7 @@ func Attach(ctx context.Context, ns *netns.NS, snap nic.Snapshot, nics []nic.NIC
 	for _, p := range ports {
 		p.ns = ns
 	}
-	if err == nil {
-		return ports, nil
-	}
-	for _, p := range ports {
-		p.Close()
-	}
-	return nil, errors.Join(err, Detach(ns, rec))
+	return ports, err
 }
 
 // plan decides names. It changes nothing.
@@ -129,7 +181,7 @@ func plan(snap nic.Snapshot, nics []nic.NIC, o Options) (Record, error) {
 	rec := Record{Snapshot: snap}
 	for i, n := range nics {
 		if n.VF != nil {
-			return Record{}, fmt.Errorf("attach %s: SR-IOV function %s: passthrough is not served yet; leave its network out", n.Name, n.VF.BDF)
+			continue
 		}
 		link := snap.Link(n.Name)
 		if link == nil {
