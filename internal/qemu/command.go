@@ -24,6 +24,7 @@ const (
 	idQMP     = "qmp"
 	idRNG     = "rng0"
 	idPanic   = "panic0"
+	idIOMMU   = "iommu0"
 )
 
 // fileSuffix makes the name of the block node that holds a drive's file; the drive's id is that of the format layer.
@@ -49,6 +50,9 @@ func NewCommand(m Machine) (Command, error) {
 	}
 	for _, n := range m.NICs {
 		b.nic(n)
+	}
+	for i, v := range m.VFIO {
+		b.vfio(v, i == 0)
 	}
 	return b.Command, nil
 }
@@ -246,6 +250,25 @@ func (b *builder) nic(n Netdev) {
 	}
 	front = append(front, "romfile=") // no option ROM: nothing boots from the network, and iPXE is 256 kB of guest memory
 	b.add("-netdev", opts(back...), "-device", device("virtio-net-pci", n.ID, n.Slot, front...))
+}
+
+// vfio is a function of the host. QEMU takes descriptors of it with the kernel's iommufd alone (QEMU 9.0).
+func (b *builder) vfio(v VFIO, first bool) {
+	const vfioContainer = "/dev/vfio/vfio"
+	how := []string{"host=" + v.BDF}
+	if v.Device != nil {
+		if first {
+			b.add("-object", fmt.Sprintf("iommufd,id=%s,fd=%d", idIOMMU, b.fd(v.IOMMU)))
+		}
+		how = []string{"iommufd=" + idIOMMU, fmt.Sprintf("fd=%d", b.fd(v.Device))}
+	} else {
+		b.Devices = append(b.Devices, v.Group)
+		if first {
+			b.Devices = append(b.Devices, vfioContainer)
+		}
+	}
+	// Nothing boots from the network, and a card's ROM is code of whoever had it before.
+	b.add("-device", device("vfio-pci", v.ID, v.Slot, append(how, "rombar=0")...))
 }
 
 func (b *builder) fdList(files []*os.File) string {

@@ -91,6 +91,23 @@ var goldens = []struct {
 		m.NICs = []Netdev{{ID: "net0", MAC: "02:00:5e:10:00:01", MTU: 1500, Taps: files(t, "tap", 4), Slot: NICSlot(0)}}
 		return m
 	}},
+	{"vfio-group", func(t testing.TB) Machine {
+		m := kernelVM(t)
+		m.NICs = []Netdev{{ID: "net0", MAC: "02:00:5e:10:00:01", MTU: 1500, Taps: files(t, "tap", 1), Slot: NICSlot(0)}}
+		m.VFIO = []VFIO{
+			{ID: "net1", BDF: "0000:01:10.0", Group: "/dev/vfio/15", Slot: NICSlot(1)},
+			{ID: "net2", BDF: "10000:81:02.1", Group: "/dev/vfio/32", Slot: NICSlot(2)},
+		}
+		return m
+	}},
+	{"vfio-iommufd", func(t testing.TB) Machine {
+		m := kernelVM(t)
+		m.VFIO = []VFIO{
+			{ID: "net0", Device: file(t, "vfio0"), IOMMU: file(t, "iommu"), Slot: NICSlot(0)},
+			{ID: "net1", Device: file(t, "vfio1"), IOMMU: file(t, "iommu"), Slot: NICSlot(1)},
+		}
+		return m
+	}},
 }
 
 func TestGoldenCommandLines(t *testing.T) {
@@ -146,6 +163,10 @@ func TestBlockDevice(t *testing.T) {
 func TestNewCommandRefuses(t *testing.T) {
 	tap := func(t *testing.T, n int) []Netdev {
 		return []Netdev{{ID: "net0", MAC: "02:00:5e:10:00:01", MTU: 1500, Taps: files(t, "tap", n), Slot: NICSlot(0)}}
+	}
+	function := func(m *Machine) *VFIO {
+		m.VFIO = []VFIO{{ID: "net5", BDF: "0000:01:10.0", Group: "/dev/vfio/15", Slot: NICSlot(5)}}
+		return &m.VFIO[0]
 	}
 	for _, tt := range []struct {
 		name, want string
@@ -210,6 +231,16 @@ func TestNewCommandRefuses(t *testing.T) {
 		{"low slot", "PCI slot 0xf", func(t *testing.T, m *Machine) { m.NICs = tap(t, 1); m.NICs[0].Slot = 0xf }},
 		{"slot of the LPC bridge", "PCI slot 0x1f", func(t *testing.T, m *Machine) { m.NICs = tap(t, 1); m.NICs[0].Slot = NICSlot(MaxNICs) }},
 		{"slot twice", "another NIC's", func(t *testing.T, m *Machine) { m.NICs = append(tap(t, 1), tap(t, 1)...); m.NICs[1].ID = "net1" }},
+		{"function's address with options", `address "0000:01:10.0,x`, func(_ *testing.T, m *Machine) { function(m).BDF = "0000:01:10.0,x-y=z" }},
+		{"function's group", `device file "15"`, func(_ *testing.T, m *Machine) { function(m).Group = "15" }},
+		{"function's id", `id "iommu0" is taken`, func(_ *testing.T, m *Machine) { function(m).ID = "iommu0" }},
+		{"function in a NIC's slot", "another NIC's", func(t *testing.T, m *Machine) { m.NICs = tap(t, 1); function(m).Slot = NICSlot(0) }},
+		{"function in a drive's slot", "PCI slot 0x3", func(_ *testing.T, m *Machine) { function(m).Slot = 3 }},
+		{"function without its IOMMU", "a descriptor is missing", func(t *testing.T, m *Machine) { function(m).Device = file(t, "vfio0") }},
+		{"functions in two ways", "or of none", func(t *testing.T, m *Machine) {
+			function(m)
+			m.VFIO = append(m.VFIO, VFIO{ID: "net6", Device: file(t, "vfio0"), IOMMU: file(t, "iommu"), Slot: NICSlot(6)})
+		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			m := kernelVM(t)

@@ -52,7 +52,8 @@ type Machine struct {
 	Firmware       *os.File // read like Kernel; nil: SeaBIOS on amd64. arm64 has no other way to boot from a drive.
 
 	Drives  []Drive  // the first is the boot disk; at most MaxDrives
-	NICs    []Netdev // at most MaxNICs, in the guest's order
+	NICs    []Netdev // at most MaxNICs, in the guest's order, as far as Slot says no other
+	VFIO    []VFIO   // PCI functions of the host; with NICs at most MaxNICs
 	Console *os.File // one end of a socketpair: the first serial port; nil: none
 	QMP     *os.File // one end of a socketpair: the monitor; nil: none
 }
@@ -82,6 +83,28 @@ type Netdev struct {
 	Taps  []*os.File
 	Vhost []*os.File // open /dev/vhost-net: none, or one for every TAP
 	Slot  int        // PCI slot on the root bus: NICSlot(i)
+}
+
+// VFIO is a PCI function of the host that is the guest's own, a network card. It is given as two descriptors, or where
+// kernel or QEMU are too old for that ([TakesVFIODescriptors]) by its address; then QEMU opens Group and /dev/vfio/vfio.
+type VFIO struct {
+	ID    string // as a Drive's
+	BDF   string // the host's address of it
+	Group string // device file of its IOMMU group, which QEMU's uid may open
+	// Device is the function's own device file, open, and IOMMU /dev/iommu, of which QEMU uses that of the first function
+	// for all.
+	Device, IOMMU *os.File
+	Slot          int // as a Netdev's
+}
+
+// MemoryLock gives how many bytes QEMU may have to lock in memory for m: a device reads and writes the guest's memory by
+// itself, so that none of it can be swapped out. A GiB more is for what else it can reach, as libvirt does it.
+func (m *Machine) MemoryLock() int64 {
+	if len(m.VFIO) == 0 {
+		return 0
+	}
+	const beside = 1 << 10 // MiB
+	return (m.Memory + beside) << 20
 }
 
 // Bounds of a Machine.
@@ -116,7 +139,9 @@ const (
 
 var (
 	validID = regexp.MustCompile(`^[a-z][a-z0-9-]{0,23}$`) // with "-file", QEMU's 31 bytes of a node name hold it
-	uuidRE  = regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
+	// hostAddress is a PCI address as QEMU's vfio-pci takes it.
+	hostAddress = regexp.MustCompile(`^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]$`)
+	uuidRE      = regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
 )
 
 // NICSlot gives the PCI slot of the caller's i-th NIC, counted from 0. Only the first MaxNICs have one.
@@ -171,14 +196,17 @@ func (m *Machine) check() error {
 	bad(m.Arch == "arm64" && m.Kernel == nil && m.Firmware == nil, "arm64 boots a drive only with a UEFI firmware: give one, or a kernel")
 	bad(len(m.Drives) > 0 && m.Drives[0].CDROM && m.Kernel == nil, "drive %q: a seed cannot be the boot disk", m.firstDrive())
 	bad(len(m.Drives) > MaxDrives, "%d drives: use at most %d", len(m.Drives), MaxDrives)
-	bad(len(m.NICs) > MaxNICs, "%d NICs: use at most %d", len(m.NICs), MaxNICs)
-	ids := map[string]bool{idRNG: true, idPanic: true, idConsole: true, idQMP: true}
+	bad(len(m.NICs)+len(m.VFIO) > MaxNICs, "%d NICs: use at most %d", len(m.NICs)+len(m.VFIO), MaxNICs)
+	ids := map[string]bool{idRNG: true, idPanic: true, idConsole: true, idQMP: true, idIOMMU: true}
 	for i := range m.Drives {
 		errs = append(errs, m.Drives[i].check(ids))
 	}
 	slots := map[int]bool{}
 	for i := range m.NICs {
 		errs = append(errs, m.NICs[i].check(ids, slots))
+	}
+	for i := range m.VFIO {
+		errs = append(errs, m.VFIO[i].check(ids, slots, m.VFIO[0].Device != nil))
 	}
 	return errors.Join(errs...)
 }
@@ -232,15 +260,47 @@ func (n *Netdev) check(ids map[string]bool, slots map[int]bool) error {
 		err = fmt.Errorf("%d vhost descriptors for %d TAPs: use none, or one for each", len(n.Vhost), len(n.Taps))
 	case hasNil(n.Taps) || hasNil(n.Vhost):
 		err = errors.New("a TAP or vhost descriptor is missing")
-	case n.Slot < slotNIC || n.Slot > slotNICLast:
-		err = fmt.Errorf("PCI slot %#x: use %#x to %#x", n.Slot, slotNIC, slotNICLast)
-	case slots[n.Slot]:
-		err = fmt.Errorf("PCI slot %#x is another NIC's", n.Slot)
+	default:
+		err = claimSlot(slots, n.Slot)
 	}
 	if err != nil {
 		return fmt.Errorf("NIC %q: %w", n.ID, err)
 	}
-	slots[n.Slot] = true
+	return nil
+}
+
+// check refuses also a function that is given in another way than the first one: QEMU cannot have both.
+func (v *VFIO) check(ids map[string]bool, slots map[int]bool, opened bool) error {
+	if err := claimID(ids, v.ID); err != nil {
+		return fmt.Errorf("PCI function: %w", err)
+	}
+	var err error
+	switch {
+	case (v.Device != nil) != opened:
+		err = errors.New("give the descriptors of every function, or of none")
+	case (v.Device != nil) != (v.IOMMU != nil):
+		err = errors.New("a descriptor is missing: give Device and IOMMU, or neither")
+	case v.Device == nil && !hostAddress.MatchString(v.BDF):
+		err = fmt.Errorf("address %q: use the form 0000:01:10.0", v.BDF)
+	case v.Device == nil && !filepath.IsAbs(v.Group):
+		err = fmt.Errorf("device file %q: use an absolute path", v.Group)
+	default:
+		err = claimSlot(slots, v.Slot)
+	}
+	if err != nil {
+		return fmt.Errorf("PCI function %q: %w", v.ID, err)
+	}
+	return nil
+}
+
+func claimSlot(slots map[int]bool, slot int) error {
+	switch {
+	case slot < slotNIC || slot > slotNICLast:
+		return fmt.Errorf("PCI slot %#x: use %#x to %#x", slot, slotNIC, slotNICLast)
+	case slots[slot]:
+		return fmt.Errorf("PCI slot %#x is another NIC's", slot)
+	}
+	slots[slot] = true
 	return nil
 }
 

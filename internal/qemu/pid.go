@@ -124,3 +124,19 @@ func Version(ctx context.Context, binary string) (string, error) {
 	}
 	return m[1], nil
 }
+
+// vfioFD is how QEMU's help names the property that takes a descriptor.
+var vfioFD = regexp.MustCompile(`(?m)^\s*fd=`)
+
+// TakesVFIODescriptors asks a QEMU whether it takes PCI functions as descriptors: from version 9.0 on, unless it was built
+// without iommufd.
+func TakesVFIODescriptors(ctx context.Context, binary string) (bool, error) {
+	cmd := exec.CommandContext(ctx, binary, "-machine", "none", "-device", "vfio-pci,help")
+	cmd.Env = []string{"LC_ALL=C"}
+	cmd.WaitDelay = stderrGrace
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return false, fmt.Errorf("ask %s whether it has vfio-pci: %w: %s", binary, err, bytes.TrimSpace(out))
+	}
+	return vfioFD.Match(out), nil
+}

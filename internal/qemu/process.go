@@ -27,6 +27,9 @@ type ProcOptions struct {
 	// blocking QEMU.
 	Stderr io.Writer
 	Dir    string // working directory; "": the caller's
+	// MemoryLock is how many bytes of memory QEMU may lock (RLIMIT_MEMLOCK), for [Machine.MemoryLock]; 0: as many as the
+	// caller.
+	MemoryLock int64
 }
 
 // Process is a running QEMU. Its methods may be called by several goroutines, also after its end.
@@ -105,6 +108,13 @@ func Start(c Command, o ProcOptions) (*Process, error) {
 		return nil, fmt.Errorf("start QEMU: %w", err)
 	}
 	p := &Process{cmd: cmd, named: c.named, done: make(chan struct{})}
+	if o.MemoryLock > 0 {
+		restore, err := lockMemory(uint64(o.MemoryLock))
+		if err != nil {
+			return nil, fmt.Errorf("start QEMU: %w", err)
+		}
+		defer restore()
+	}
 	started := make(chan error)
 	go p.run(started, last)
 	if err := <-started; err != nil {
@@ -182,6 +192,28 @@ func attributes(c Command, o ProcOptions) (*syscall.SysProcAttr, error) {
 	}
 	attr.Credential = &syscall.Credential{Uid: o.UID, Gid: o.GID, Groups: groups}
 	return attr, nil
+}
+
+var limits sync.Mutex // of this process, while a child is born with others
+
+// lockMemory raises the limit that a child inherits, and restore puts ours back. (Raised in the child after its start, it
+// would come too late: QEMU locks memory before it speaks.)
+func lockMemory(bytes uint64) (restore func(), err error) {
+	limits.Lock()
+	var was unix.Rlimit
+	err = unix.Getrlimit(unix.RLIMIT_MEMLOCK, &was)
+	if err == nil {
+		want := unix.Rlimit{Cur: bytes, Max: max(bytes, was.Max)}
+		err = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &want)
+	}
+	if err != nil {
+		limits.Unlock()
+		return nil, fmt.Errorf("let it lock %d MiB of memory: %w (needs CAP_SYS_RESOURCE)", bytes>>20, err)
+	}
+	return func() {
+		_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &was) // lowering it is always allowed
+		limits.Unlock()
+	}, nil
 }
 
 // deviceGroups gives the groups that a process of this uid and gid must be in to open the devices.
