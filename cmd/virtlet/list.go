@@ -278,6 +278,10 @@ func printState(out io.Writer, st vm.State, counters []vm.Counters, rules bool) 
 		}
 		if i < len(st.Ports) {
 			p := st.Ports[i]
+			if n.VF != nil {
+				row("", "%s", function(*n.VF, p))
+				continue
+			}
 			vhost := "no vhost-net"
 			if p.Vhost {
 				vhost = "vhost-net"
@@ -334,6 +338,18 @@ func printCounters(row func(string, string, ...any), c vm.Counters, rules bool) 
 			row("rule", "%s: %s: %s", r.Hook, match, r.Action)
 		}
 	}
+}
+
+// function says which PCI function a NIC is.
+func function(f vm.VF, p vm.PortState) string {
+	what := fmt.Sprintf("PCI %s", f.BDF)
+	if f.PF != "" {
+		what += fmt.Sprintf(", VF %d of %s", f.Index, f.PF)
+	}
+	if f.VLAN != 0 {
+		what += fmt.Sprintf(", VLAN %d", f.VLAN)
+	}
+	return fmt.Sprintf("%s, IOMMU group %d, by %s", what, f.Group, p.Passed)
 }
 
 // datapath says how a NIC's TAP is joined to its link.

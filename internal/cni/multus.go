@@ -23,6 +23,7 @@ const (
 type Delegate struct {
 	Network string
 	IfName  string
+	Device  string           // as of Attachment.Device, which Multus has written there
 	Result  *types100.Result // converted and as little checked as that of Runtime.Add
 }
 
@@ -104,6 +105,7 @@ func (d *Delegate) read(dir, containerID string) error {
 		ContainerID string          `json:"containerId"`
 		IfName      string          `json:"ifName"`
 		Network     string          `json:"networkName"`
+		Config      json.RawMessage `json:"config"`
 		Result      json.RawMessage `json:"result"`
 	}
 	if err := readJSON(file, &entry); err != nil {
@@ -116,6 +118,7 @@ func (d *Delegate) read(dir, containerID string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", file, err)
 	}
+	d.Device = deviceID(cached(entry.Config))
 	result, err := create.CreateFromBytes(checked)
 	if err == nil {
 		d.Result, err = types100.NewResultFromResult(result)

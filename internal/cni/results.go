@@ -19,6 +19,7 @@ import (
 type Added struct {
 	Network        string
 	IfName         string
+	Device         string // as of Attachment.Device
 	Result         *types100.Result
 	CapabilityArgs map[string]any
 }
@@ -81,6 +82,12 @@ func samePlace(a, b string) bool {
 	return errA == nil && errB == nil && os.SameFile(fa, fb)
 }
 
+// cached gives the network's configuration of a file of libcni's cache; nil where it is none.
+func cached(field json.RawMessage) (config []byte) {
+	_ = json.Unmarshal(field, &config)
+	return config
+}
+
 // readAdded reads one file of the cache. What is not of the container is no error.
 func readAdded(path, containerID, netns string) (a Added, mine bool, err error) {
 	f, err := os.Open(path)
@@ -101,6 +108,7 @@ func readAdded(path, containerID, netns string) (a Added, mine bool, err error) 
 		IfName         string          `json:"ifName"`
 		NetworkName    string          `json:"networkName"`
 		NetNS          string          `json:"netns"`
+		Config         json.RawMessage `json:"config"`
 		CapabilityArgs map[string]any  `json:"capabilityArgs"`
 		Result         json.RawMessage `json:"result"`
 	}
@@ -120,7 +128,8 @@ func readAdded(path, containerID, netns string) (a Added, mine bool, err error) 
 	if result, err = create.Create(cmp.Or(version.CNIVersion, "0.1.0"), c.Result); err != nil {
 		return a, true, err
 	}
-	a = Added{Network: c.NetworkName, IfName: c.IfName, CapabilityArgs: c.CapabilityArgs}
+	given := Attachment{Network: cached(c.Config), CapabilityArgs: c.CapabilityArgs}
+	a = Added{Network: c.NetworkName, IfName: c.IfName, Device: given.Device(), CapabilityArgs: c.CapabilityArgs}
 	a.Result, err = types100.NewResultFromResult(result)
 	return a, true, err
 }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/cni"
+	"github.com/virtlet/virtlet/internal/pci"
 	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/qemu"
 )
@@ -42,13 +43,14 @@ type CheckRequest struct {
 	Plugins Plugins
 	QEMU    string // "": qemu-system-* of this architecture
 	QEMUImg string // "": qemu-img
+	PCI     pci.FS
 }
 
 // Check looks whether this machine can run VMs, and leaves it as it is.
 func Check(ctx context.Context, r CheckRequest) []Finding {
 	var all []Finding
 	for _, look := range []func(context.Context) []Finding{
-		r.privileges, r.qemu, r.devices, r.network, r.networks, r.directories,
+		r.privileges, r.qemu, r.devices, r.network, r.functions, r.networks, r.directories,
 	} {
 		all = append(all, look(ctx)...)
 	}

@@ -62,6 +62,8 @@ type Config struct {
 	// NoSpoofCheck lets the guest send from any address. By default it may use those of its NICs alone; a NIC without
 	// addresses is not checked.
 	NoSpoofCheck bool `json:"noSpoofCheck,omitempty"`
+	// AllowPhysical lets a PCI function that is no SR-IOV virtual function go to the guest. Nothing holds it to MAC or VLAN.
+	AllowPhysical bool `json:"allowPhysical,omitempty"`
 
 	Accel   string `json:"accel,omitempty"`   // kvm, tcg; "" or auto: what the CPU has
 	QEMU    string `json:"qemu,omitempty"`    // "": qemu-system-* of this architecture

@@ -66,7 +66,9 @@ func (v *VM) counters(log *slog.Logger) []Counters {
 	rules := map[string][]podnet.Rule{}
 	var joins []podnet.Join
 	for _, p := range v.ports {
-		joins = append(joins, p.Join)
+		if p.VF == nil {
+			joins = append(joins, p.Join)
+		}
 	}
 	// Through a handle of its own: the other one may be at work.
 	if ns, err := netns.Open(v.ns.Path()); err == nil {

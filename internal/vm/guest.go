@@ -161,6 +161,12 @@ func (v *VM) machine(consoleEnd, qmpEnd *os.File) (qemu.Machine, error) {
 		m.Drives = append(m.Drives, qemu.Drive{ID: "seed", Format: string(image.Raw), File: v.media.seed, ReadOnly: true, CDROM: true})
 	}
 	for i, p := range v.ports {
+		if vf := p.VF; vf != nil {
+			m.VFIO = append(m.VFIO, qemu.VFIO{
+				ID: fmt.Sprintf("net%d", i), BDF: vf.BDF, Group: vf.Group, Device: vf.Device, IOMMU: vf.IOMMU, Slot: qemu.NICSlot(i),
+			})
+			continue
+		}
 		m.NICs = append(m.NICs, qemu.Netdev{
 			ID: fmt.Sprintf("net%d", i), MAC: p.NIC.MAC.String(), MTU: p.NIC.MTU, Taps: p.Taps, Vhost: p.Vhost, Slot: qemu.NICSlot(i),
 		})
@@ -207,7 +213,7 @@ func (v *VM) startQEMU() (string, error) {
 	}
 	v.state.Command = cmd.String()
 	uid := unprivileged(v.id)
-	if v.proc, err = qemu.Start(cmd, qemu.ProcOptions{UID: uid, GID: uid, Dir: "/"}); err != nil {
+	if v.proc, err = qemu.Start(cmd, qemu.ProcOptions{UID: uid, GID: uid, Dir: "/", MemoryLock: m.MemoryLock()}); err != nil {
 		qmp.Close()
 		return "", err
 	}

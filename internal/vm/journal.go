@@ -127,8 +127,17 @@ func (s Store) undoJournal(ctx context.Context, j Journal) (own, plugins error) 
 			return err, nil
 		}
 	}
-	if j.Network != nil && j.there() {
+	switch {
+	case j.Network == nil:
+	case j.there():
 		own = detach(j.NetNS, *j.Network)
+	default:
+		own = podnet.Detach(nil, *j.Network)
+	}
+	if own != nil && len(j.Network.VFs) > 0 {
+		// A plugin's DEL finds its function where ADD put it, or it is not called: what it resets at the PF is how we know
+		// the function as the one that we took.
+		return own, nil
 	}
 	for _, a := range slices.Backward(j.Attachments) {
 		runtime := cni.Runtime{BinDirs: j.Plugins.For(a.Name), CacheDir: s.cniCache(), Timeout: undoTimeout}

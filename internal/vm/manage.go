@@ -289,6 +289,9 @@ func leftovers(name string, st State, j Journal) []Leftover {
 	}
 	if j.Network != nil {
 		add("TAPs and bridges in %s", j.NetNS)
+		for _, h := range j.Network.VFs {
+			add("PCI function %s, interface %s", h.BDF, h.NIC)
+		}
 	}
 	for _, a := range j.Attachments {
 		add("CNI attachment %s to network %s", a.IfName, a.Name)

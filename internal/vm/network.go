@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
+	"github.com/virtlet/virtlet/internal/qemu"
 )
 
 // enter makes the VM's network namespace, or joins the one that somebody else configured.
@@ -95,7 +97,7 @@ func (v *VM) add(ctx context.Context, a *cni.Attachment) (string, error) {
 		}
 		return "", errors.Join(err, v.record(func(j *Journal) { j.Attachments = j.Attachments[:len(j.Attachments)-1] }))
 	}
-	v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: a.Name, Plugin: a.Plugin, IfName: a.IfName, Result: result})
+	v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: a.Name, Plugin: a.Plugin, IfName: a.IfName, Device: a.Device(), Result: result})
 	v.delegates(a)
 	var ips []string
 	for _, ip := range result.IPs {
@@ -112,7 +114,7 @@ func (v *VM) delegates(a *cni.Attachment) {
 		v.note(fmt.Sprintf("what Multus attached beside its default network is known by the namespace alone, without name servers: %v", err))
 	}
 	for _, d := range all {
-		v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: d.Network, IfName: d.IfName, Result: d.Result})
+		v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: d.Network, IfName: d.IfName, Device: d.Device, Result: d.Result})
 	}
 }
 
@@ -143,6 +145,9 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if snap.VFs, err = podnet.Functions(nic.Functions(v.cfg.Results, snap.Links)); err != nil {
+		return "", err
+	}
 	nics, notes, err := nic.Plan(v.cfg.Results, snap)
 	v.note(notes...)
 	if err != nil {
@@ -161,7 +166,10 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 	if err := addDNS(&nics[told].DNS, v.cfg.DNS, v.cfg.Search); err != nil {
 		return "", err
 	}
-	o := podnet.Options{Queues: v.cfg.queues(), Vhost: true, Policies: map[string]podnet.Policy{}}
+	o, err := v.options(ctx, nics)
+	if err != nil {
+		return "", err
+	}
 	for _, n := range nics {
 		s := v.server(n)
 		v.servers = append(v.servers, s)
@@ -179,10 +187,31 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 	}
 	var words []string
 	for _, p := range v.ports {
-		v.state.Ports = append(v.state.Ports, PortState{Join: p.Join, Queues: len(p.Taps), Vhost: len(p.Vhost) > 0})
+		st := PortState{Join: p.Join, Queues: len(p.Taps), Vhost: len(p.Vhost) > 0}
+		if p.VF != nil {
+			st.Passed = cmp.Or(p.VF.Group, "iommufd")
+			words = append(words, fmt.Sprintf("%s %s PCI %s", p.NIC.Name, p.NIC.MAC, p.VF.BDF))
+		}
+		v.state.Ports = append(v.state.Ports, st)
+		if p.VF != nil {
+			continue
+		}
 		words = append(words, fmt.Sprintf("%s %s mtu %d", p.NIC.Name, p.NIC.MAC, p.NIC.MTU))
 	}
 	return strings.Join(words, ", "), nil
+}
+
+// options says how the NICs are to be attached, but for the policies.
+func (v *VM) options(ctx context.Context, nics []nic.NIC) (podnet.Options, error) {
+	o := podnet.Options{
+		Queues: v.cfg.queues(), Vhost: true, Policies: map[string]podnet.Policy{},
+		UID: unprivileged(v.id), AllowPhysical: v.cfg.AllowPhysical,
+	}
+	var err error
+	if slices.ContainsFunc(nics, func(n nic.NIC) bool { return n.VF != nil }) {
+		o.IOMMUFD, err = qemu.TakesVFIODescriptors(ctx, v.cfg.QEMU)
+	}
+	return o, err
 }
 
 func (v *VM) log(nic string) *slog.Logger {

@@ -120,5 +120,10 @@ func namesTheMove(complaint string, rec podnet.Record) bool {
 			return true
 		}
 	}
+	for _, h := range rec.VFs { // of a function there is nothing left in the namespace
+		if strings.Contains(complaint, strings.ToLower(h.NIC)) || strings.Contains(complaint, h.MAC.String()) {
+			return true
+		}
+	}
 	return false
 }

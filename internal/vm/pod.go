@@ -23,7 +23,7 @@ func (c *Config) FindResults(dir, podID string) (annotations map[string]string, 
 	}
 	annotations = map[string]string{}
 	for _, a := range all {
-		c.Results = append(c.Results, nic.Attachment{Network: a.Network, IfName: a.IfName, Result: a.Result})
+		c.Results = append(c.Results, nic.Attachment{Network: a.Network, IfName: a.IfName, Device: a.Device, Result: a.Result})
 		told, _ := a.CapabilityArgs[podAnnotations].(map[string]any)
 		for k, v := range told {
 			if s, ok := v.(string); ok {

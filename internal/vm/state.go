@@ -61,7 +61,12 @@ type PortState struct {
 	podnet.Join
 	Queues int  `json:"queues"`
 	Vhost  bool `json:"vhost"`
+	// Passed says by what QEMU has a NIC that is a PCI function: the device file of its IOMMU group, or "iommufd".
+	Passed string `json:"passed,omitempty"`
 }
+
+// VF is a PCI function that is a NIC of the guest.
+type VF = nic.VF
 
 // Get reads the state of a VM. [ErrNotFound] when there is none of that name.
 func (s Store) Get(name string) (State, error) {
