@@ -13,7 +13,7 @@ DEBIAN = $$([ "$$(id -u)/$$(uname -m)" != 0/x86_64 ] || hack/debian.sh)
 VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 .NOTPARALLEL: # the tests want the machine to themselves
-.PHONY: help setup build plugins guest debian demo test test-guest lab-table lint bench install uninstall clean
+.PHONY: help setup build plugins guest debian demo test test-guest lab-table lab-sriov lint bench install uninstall clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -49,6 +49,9 @@ lab-table: setup build plugins ## run all labs of CNI plugins and write their ta
 
 lab-%: setup build plugins ## run the lab of one CNI plugin: make lab-flannel
 	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh lab -v -run '(?i)^Test$*'
+
+lab-sriov: setup build plugins ## give VFs of an emulated SR-IOV card to guests: 4 GB of memory, some minutes
+	@CGO_ENABLED=0 VIRTLET_LAB_SRIOV=1 go test -count=1 -timeout 12m -v ./test/sriov
 
 lint: ## run the checks without the tests
 	@hack/lint.sh

@@ -168,12 +168,14 @@ func Type(t testing.TB, console *exec.Cmd, line string) string {
 	fmt.Fprintf(in, "%s; echo do''ne $?\n", line) // the echo of the line itself does not say "done"
 	var said []byte
 	buf := make([]byte, 4096)
-	for !bytes.Contains(said, []byte("\ndone ")) {
+	for {
+		if _, status, ok := bytes.Cut(said, []byte("\ndone ")); ok && bytes.ContainsRune(status, '\n') {
+			return string(said)
+		}
 		n, err := out.Read(buf)
 		said = append(said, buf[:n]...)
 		if err != nil {
 			t.Fatalf("console after %q: %v: %q", line, err, said)
 		}
 	}
-	return string(said)
 }
