@@ -47,7 +47,7 @@ var edges = map[string][]string{
 	"test/guest/build":   nil,
 	"test/lab":           nil,
 	"test/sriov":         nil,
-	"test/lab/replay":    {"internal/netns", "internal/nic", "internal/podnet"},
+	"test/lab/replay":    {"internal/netns", "internal/nic", "internal/podnet", "internal/testnet"},
 	"test/pods":          nil,
 }
 

@@ -11,7 +11,6 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -117,7 +116,7 @@ func TestTCPArrivesWhole(t *testing.T) {
 				node := testnet.NewNode(t, gw4, gw6)
 				pod, _ := addPodOf(t, kind, node, dualStack())
 				if shape.txOff {
-					pod.Must(func() error { return checksumsOff("eth0") })
+					pod.Must(func() error { return testnet.ChecksumsOff("eth0") })
 				}
 				a := attach(t, pod, Options{Queues: shape.queues})
 				guest := newBigGuest(t, a.nics[0], a.ports[0])
@@ -151,26 +150,6 @@ func TestTCPArrivesWhole(t *testing.T) {
 			})
 		})
 	}
-}
-
-// checksumsOff is `ethtool -K link tx off`.
-func checksumsOff(link string) error {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	value := struct{ cmd, data uint32 }{cmd: unix.ETHTOOL_STXCSUM} // struct ethtool_value
-	req := struct {                                                // struct ifreq
-		name [unix.IFNAMSIZ]byte
-		data unsafe.Pointer
-		_    [16]byte
-	}{data: unsafe.Pointer(&value)}
-	copy(req.name[:], link)
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req))); errno != 0 {
-		return errno
-	}
-	return nil
 }
 
 func TestDetachUnderTraffic(t *testing.T) { forLinkKinds(t, testDetachUnderTraffic) }

@@ -25,7 +25,7 @@ func TestObserveHost(t *testing.T) {
 	node.MustRun("ip", "neigh", "add", "proxy", "2001:db8::9", "dev", routed)
 	node.MustRun("bridge", "link", "set", "dev", port, "hairpin", "on", "learning", "off")
 	pod.MustRun("ip", "link", "set", "net1", "up")
-	pod.Must(func() error { return checksumsOff("net1") })
+	pod.Must(func() error { return testnet.ChecksumsOff("net1") })
 	node.MustRun("ip", "link", "add", "other0", "type", "veth", "peer", "name", "other1") // of nobody's pod
 
 	node.MustRun("ip", "link", "add", "mv0", "link", "other0", "type", "macvlan", "mode", "bridge")

@@ -9,7 +9,6 @@ import (
 	"os"
 	"slices"
 	"time"
-	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -17,6 +16,7 @@ import (
 	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
+	"github.com/virtlet/virtlet/internal/testnet"
 )
 
 // world is a node and a pod on it.
@@ -96,7 +96,7 @@ func (w *world) veth(l nic.Link, host nic.HostLink, noTxChecksum bool) error {
 		}
 	}
 	if noTxChecksum {
-		if err := w.pod.Do(func() error { return checksumsOff(l.Name) }); err != nil {
+		if err := w.pod.Do(func() error { return testnet.ChecksumsOff(l.Name) }); err != nil {
 			return err
 		}
 	}
@@ -155,7 +155,7 @@ func settle(ns *netns.NS, want nic.Link) error {
 	}
 	for _, a := range is.Addrs {
 		if !slices.ContainsFunc(want.Addrs, same(a)) {
-			if err := h.AddrDel(link, &netlink.Addr{IPNet: ipNet(a.Prefix)}); err != nil {
+			if err := h.AddrDel(link, &netlink.Addr{IPNet: testnet.IPNet(a.Prefix)}); err != nil {
 				return fmt.Errorf("remove address %s: %w", a.Prefix, err)
 			}
 		}
@@ -164,9 +164,9 @@ func settle(ns *netns.NS, want nic.Link) error {
 		if slices.ContainsFunc(is.Addrs, same(a)) {
 			continue
 		}
-		add := &netlink.Addr{IPNet: ipNet(a.Prefix), Label: a.Label, Scope: a.Scope, Flags: a.Flags &^ unix.IFA_F_PERMANENT}
+		add := &netlink.Addr{IPNet: testnet.IPNet(a.Prefix), Label: a.Label, Scope: a.Scope, Flags: a.Flags &^ unix.IFA_F_PERMANENT}
 		if a.Peer.IsValid() {
-			add.Peer = ipNet(a.Peer)
+			add.Peer = testnet.IPNet(a.Peer)
 		}
 		switch {
 		case a.Broadcast.IsValid():
@@ -218,7 +218,7 @@ func routes(ns *netns.NS, want nic.Link) error {
 
 func kernelRoute(r nic.KernelRoute, index int) *netlink.Route {
 	out := &netlink.Route{
-		LinkIndex: index, Dst: ipNet(r.Dst), Table: r.Table, Protocol: netlink.RouteProtocol(r.Protocol), Scope: netlink.Scope(r.Scope),
+		LinkIndex: index, Dst: testnet.IPNet(r.Dst), Table: r.Table, Protocol: netlink.RouteProtocol(r.Protocol), Scope: netlink.Scope(r.Scope),
 		Type: r.Type, Flags: r.Flags, Priority: r.Metric, MTU: r.MTU, AdvMSS: r.AdvMSS,
 	}
 	if r.Gw.IsValid() {
@@ -292,30 +292,6 @@ func writeSysctls(ns *netns.NS, settings map[string]string) error {
 		}
 		return nil
 	})
-}
-
-// checksumsOff is `ethtool -K link tx off`.
-func checksumsOff(link string) error {
-	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	value := struct{ cmd, data uint32 }{cmd: unix.ETHTOOL_STXCSUM} // struct ethtool_value
-	req := struct {                                                // struct ifreq
-		name [unix.IFNAMSIZ]byte
-		data unsafe.Pointer
-		_    [16]byte
-	}{data: unsafe.Pointer(&value)}
-	copy(req.name[:unix.IFNAMSIZ-1], link)
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req))); errno != 0 {
-		return fmt.Errorf("tx-checksumming of %s off: %w", link, errno)
-	}
-	return nil
-}
-
-func ipNet(p netip.Prefix) *net.IPNet {
-	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
 func family(ip netip.Addr) int {
