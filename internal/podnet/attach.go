@@ -79,6 +79,7 @@ func (a *attempt) filter() {
 	for _, j := range a.joints { // they are all there now
 		b.addForwards(j)
 	}
+	b.addLocalhost(a.joints)
 	err := b.send(fd)
 	unix.Close(fd)
 	if err != nil {
@@ -146,6 +147,11 @@ func openNetfilter() (int, error) {
 func (a *attempt) open() error {
 	if err := writeSysctls(nsSysctls); err != nil {
 		return err
+	}
+	if len(localAddrs(a.rec.Joins)) > 0 {
+		if err := writeSysctls(loopbackSysctls); err != nil {
+			return err
+		}
 	}
 	rtnl, err := nl.Subscribe(unix.NETLINK_ROUTE)
 	if err != nil {

@@ -62,7 +62,11 @@ func (b *batch) addHook(h hook) {
 	if h.egress {
 		number = unix.NF_NETDEV_EGRESS
 	}
-	at := attrs{}.u32(unix.NFTA_HOOK_HOOKNUM, number).u32(unix.NFTA_HOOK_PRIORITY, 0).text(unix.NFTA_HOOK_DEV, h.device)
+	priority := int32(0)
+	if h.local {
+		priority = -1
+	}
+	at := attrs{}.u32(unix.NFTA_HOOK_HOOKNUM, number).u32(unix.NFTA_HOOK_PRIORITY, uint32(priority)).text(unix.NFTA_HOOK_DEV, h.device)
 	b.add(unix.NFT_MSG_NEWCHAIN, attrs{}.text(unix.NFTA_CHAIN_TABLE, table.Name).text(unix.NFTA_CHAIN_NAME, h.chain()).
 		nest(unix.NFTA_CHAIN_HOOK, at).text(unix.NFTA_CHAIN_TYPE, "filter"))
 }
@@ -167,19 +171,41 @@ func mask(with []byte) attrs {
 		u32(unix.NFTA_BITWISE_LEN, uint32(len(with))).data(unix.NFTA_BITWISE_MASK, with).data(unix.NFTA_BITWISE_XOR, make([]byte, len(with))))
 }
 
-// setMeta sets a number that goes with the frame; load puts a number of the machine's order into the register.
-func setMeta(key, value uint32) attrs {
-	return join(load(value), expression("meta", attrs{}.u32(unix.NFTA_META_KEY, key).u32(unix.NFTA_META_SREG, register)))
+// checksums are those that go with a part of a frame.
+type checksums struct {
+	kind   uint32 // NFT_PAYLOAD_CSUM_*
+	offset uint32 // where that one is, in the part's header
+	pseudo bool   // the transport protocol's has the part in its pseudo header
 }
 
-func load(value uint32) attrs {
-	return expression("immediate", attrs{}.u32(unix.NFTA_IMMEDIATE_DREG, register).
-		data(unix.NFTA_IMMEDIATE_DATA, binary.NativeEndian.AppendUint32(nil, value)))
+var none checksums
+
+// store puts what the register has into the frame, and its checksums right.
+func store(base, offset, size uint32, sums checksums) attrs {
+	a := attrs{}.u32(unix.NFTA_PAYLOAD_SREG, register).u32(unix.NFTA_PAYLOAD_BASE, base).u32(unix.NFTA_PAYLOAD_OFFSET, offset).
+		u32(unix.NFTA_PAYLOAD_LEN, size).u32(unix.NFTA_PAYLOAD_CSUM_TYPE, sums.kind).u32(unix.NFTA_PAYLOAD_CSUM_OFFSET, sums.offset)
+	if sums.pseudo {
+		a = a.u32(unix.NFTA_PAYLOAD_CSUM_FLAGS, unix.NFT_PAYLOAD_L4CSUM_PSEUDOHDR)
+	}
+	return expression("payload", a)
 }
+
+// setMeta sets a number that goes with the frame.
+func setMeta(key, value uint32) attrs {
+	return join(loadNumber(value), expression("meta", attrs{}.u32(unix.NFTA_META_KEY, key).u32(unix.NFTA_META_SREG, register)))
+}
+
+// load puts a value into the register.
+func load(value []byte) attrs {
+	return expression("immediate", attrs{}.u32(unix.NFTA_IMMEDIATE_DREG, register).data(unix.NFTA_IMMEDIATE_DATA, value))
+}
+
+// loadNumber puts a number of the machine's order there.
+func loadNumber(value uint32) attrs { return load(binary.NativeEndian.AppendUint32(nil, value)) }
 
 // forward hands the frame to a device, which sends it; the kernel clears its time stamp and takes it from all that follows.
 func forward(index int) attrs {
-	return join(load(uint32(index)), expression("fwd", attrs{}.u32(unix.NFTA_FWD_SREG_DEV, register)))
+	return join(loadNumber(uint32(index)), expression("fwd", attrs{}.u32(unix.NFTA_FWD_SREG_DEV, register)))
 }
 
 // Verdicts (linux/netfilter.h, linux/netfilter/nf_tables.h).

@@ -53,7 +53,7 @@ func Check(ns *netns.NS, rec Record) error {
 		bad(j.datapath() == Redirected && !link.AllMulti, "it does not take every multicast group")
 		bad(len(rules[j.Link]) == 0, "its filters are gone")
 	}
-	return errors.Join(append(errs, checkVFs(rec))...)
+	return errors.Join(append(errs, checkLocalhost(ns, rec.Joins), checkVFs(rec))...)
 }
 
 func checkVFs(rec Record) error {

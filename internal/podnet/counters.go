@@ -41,15 +41,20 @@ type Counter struct {
 // Rules reads the rules of every NIC, by the name of its link and in their order. It works from any process.
 func Rules(ns *netns.NS, joins []Join) (map[string][]Rule, error) {
 	all := map[string][]Rule{}
+	local := len(localAddrs(joins)) > 0
 	for _, j := range joins {
-		for _, h := range j.hooks() {
+		hooks := j.hooks()
+		if local {
+			hooks = append(j.localHooks(), hooks...)
+		}
+		for _, h := range hooks {
 			found, err := inForce(ns.Nftables(), h.chain())
 			if err != nil {
 				return nil, fmt.Errorf("read the rules of %s: %w", h.device, err)
 			}
 			for i := range found {
 				found[i].Hook = h.String()
-				if found[i].Action == Forward {
+				if found[i].Action == Forward && found[i].To == "" {
 					found[i].To = h.to
 				}
 			}
@@ -84,6 +89,7 @@ func inForce(conn *nftables.Conn, chain string) ([]Rule, error) {
 // read gives a rule, or the chain that it jumps to.
 func read(r *nftables.Rule) (out Rule, to string) {
 	out.Match, _ = userdata.GetString(r.UserData, typeMatch)
+	out.To, _ = userdata.GetString(r.UserData, typeTo)
 	if comment, ok := userdata.GetString(r.UserData, userdata.TypeComment); ok {
 		reason, _, _ := strings.Cut(comment, ":")
 		out.Reason = Reason(reason)

@@ -176,6 +176,12 @@ func TestWordsOfRules(t *testing.T) {
 	for _, p := range []Policy{{Own: []netip.Addr{netip.MustParseAddr(ownLinkLocal)}}, {NoSpoofCheck: true}, {ExternalDHCP: true}} {
 		rules = append(rules, append(guestRules(n, p), clusterRules(n, p)...)...)
 	}
+	j := &joint{Port: Port{NIC: n, Join: Join{Link: "eth0", Tap: "vlttap0", Localhost: []netip.Addr{ip4.Addr(), ip6.Addr()}}}}
+	for _, h := range j.Join.localHooks() {
+		for _, r := range j.localRules(h, j.Join.Localhost) {
+			rules = append(rules, r.rule)
+		}
+	}
 	pod := testnet.New(t, "pod")
 	b := newBatch()
 	b.addTable()

@@ -54,7 +54,7 @@ func Detach(ns *netns.NS, rec Record) error {
 				errs = append(errs, fmt.Errorf("restore %s: %w", name, err))
 			}
 		}
-		return errors.Join(append(errs, k.restoreMultipath(rec, &now), writeSysctls(rec.Snapshot.Sysctls))...)
+		return errors.Join(append(errs, k.restoreMultipath(rec, &now), writeSysctls(rec.Snapshot.Sysctls), writeSysctls(rec.Loopback))...)
 	}))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("detach: %w", err)

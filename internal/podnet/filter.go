@@ -31,6 +31,7 @@ type hook struct {
 	rules  func(nic.NIC, Policy) []rule // for them
 	to     string                       // where those go that pass, by redirect; "": on, as without rules
 	marks  bool                         // and they get our mark before
+	local  bool                         // its rules are those of localhost.go, which see a frame first
 }
 
 // hooks gives those of a join: first toward the guest, then from it. They are netdev ingress ones: packet sockets, and so
@@ -90,6 +91,9 @@ func (b *batch) addForwards(j *joint) {
 // filterConfigs names what the kernel needs for the filters of the joins.
 func filterConfigs(joins []Join) []string {
 	needs := []string{"CONFIG_NF_TABLES_NETDEV", "CONFIG_NETFILTER_INGRESS"}
+	if len(localAddrs(joins)) > 0 {
+		needs = append(needs, "CONFIG_NFT_FWD_NETDEV")
+	}
 	for _, j := range joins {
 		for _, h := range j.hooks() {
 			if h.to != "" && !slices.Contains(needs, "CONFIG_NFT_FWD_NETDEV") {
@@ -105,10 +109,14 @@ func filterConfigs(joins []Join) []string {
 
 // chain names the chain of the hook.
 func (h hook) chain() string {
+	name := "from-" + h.device
 	if h.egress {
-		return "to-" + h.device
+		name = "to-" + h.device
 	}
-	return "from-" + h.device
+	if h.local {
+		name = "localhost-" + name
+	}
+	return name
 }
 
 // forward names the chain of the rule that redirects.
@@ -138,17 +146,22 @@ func (b *batch) addRules(chain string, rules []rule, pass attrs) {
 		if r.reason == "" {
 			end = pass
 		}
-		b.addRule(in, join(r.match.exprs, end), r.words())
+		b.addRule(in, join(r.match.exprs, end), r.words(""))
 	}
 }
 
-// typeMatch is a rule's match in words among its user data, beside nft's comment. nft passes over what it does not know.
-const typeMatch userdata.Type = 64
+// typeMatch is a rule's match in words among its user data, beside nft's comment, and typeTo the device that frames go to by
+// it. nft passes over what it does not know.
+const typeMatch, typeTo userdata.Type = 64, 65
 
-// words give the user data of a rule: the reason in a comment, for those who look with nft too, and the match.
-func (r rule) words() (data []byte) {
+// words give the user data of a rule: the reason in a comment, for those who look with nft too, the match, and the device that
+// frames go to, if the hook does not say so.
+func (r rule) words(to string) (data []byte) {
 	if r.reason != "" {
 		data = userdata.AppendString(data, userdata.TypeComment, string(r.reason)+": "+because[r.reason])
+	}
+	if to != "" {
+		data = userdata.AppendString(data, typeTo, to)
 	}
 	const most, head, more = 256, 3, " ..." // NFT_USERDATA_MAXLEN; type, length and final NUL
 	text := r.whole().text

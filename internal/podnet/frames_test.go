@@ -45,11 +45,16 @@ type wire struct {
 
 func newWire(t *testing.T, kind string, spec testnet.PodSpec, p Policy) *wire {
 	t.Helper()
+	return newWireWith(t, kind, spec, Options{Policies: map[string]Policy{"eth0": p}})
+}
+
+func newWireWith(t *testing.T, kind string, spec testnet.PodSpec, o Options) *wire {
+	t.Helper()
 	node := testnet.NewNode(t, gw4)
 	pod, host := addPodOf(t, kind, node, spec)
 	quiet(t, pod)
 	w := &wire{t: t, node: node.Namespace, pod: pod, host: host}
-	w.a = attach(t, pod, Options{Policies: map[string]Policy{"eth0": p}})
+	w.a = attach(t, pod, o)
 	w.cluster, w.tap = testnet.NewCapture(t, node.Namespace, host), w.a.ports[0].Taps[0]
 	var reader sync.WaitGroup
 	reader.Go(func() {
@@ -94,9 +99,14 @@ func (w *wire) arrived(fromGuest bool, mark []byte) bool {
 	if fromGuest {
 		return len(w.cluster.Match(has(mark))) > 0
 	}
+	return w.arrivedBy(has(mark))
+}
+
+// arrivedBy says whether the guest has got such a frame.
+func (w *wire) arrivedBy(is func(gopacket.Packet) bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return slices.ContainsFunc(w.inside, has(mark))
+	return slices.ContainsFunc(w.inside, is)
 }
 
 func (w *wire) counters() map[Reason]Counter {

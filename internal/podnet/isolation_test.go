@@ -88,6 +88,9 @@ func provocations(t testing.TB, own net.HardwareAddr) map[string][]byte {
 		"ARP for the DHCP server":           question(t, from, broadcast, "169.254.0.67"),
 		"ARP for a link-local address":      question(t, from, broadcast, "169.254.1.1"),
 		"ARP for the loopback":              question(t, from, broadcast, "127.0.0.1"),
+		"ping of the loopback, to the veth": echo(t, own, "127.0.0.1"),
+		"ping of the guest's localhost":     echo(t, own, localHost4.String()),
+		"ND for the guest's localhost":      icmp6(t, "ff02::1:fffe:43", layers.ICMPv6TypeNeighborSolicitation, solicitation(localHost6.String())),
 		"ping of the pod, to the veth":      echo(t, own, "198.51.100.2"),
 		"ping of another link, to the veth": echo(t, own, "203.0.113.5"),
 		"ping of all hosts":                 echo(t, net.HardwareAddr{0x01, 0, 0x5e, 0, 0, 1}, "224.0.0.1"),
@@ -102,21 +105,26 @@ func provocations(t testing.TB, own net.HardwareAddr) map[string][]byte {
 
 // The namespace's own stack says nothing, on its own or when asked, to the cluster or to the guest.
 func TestNamespaceIsSilent(t *testing.T) {
-	for name, withGuest := range map[string]bool{"with a guest": true, "nobody at the TAP": false} {
+	for name, c := range map[string]struct {
+		guest bool
+		Options
+	}{
+		"with a guest": {guest: true}, "nobody at the TAP": {}, "localhost leads to the guest": {true, Options{Localhost: true}},
+	} {
 		t.Run(name, func(t *testing.T) {
-			forLinkKinds(t, func(t *testing.T, kind string) { testNamespaceIsSilent(t, kind, withGuest) })
+			forLinkKinds(t, func(t *testing.T, kind string) { testNamespaceIsSilent(t, kind, c.guest, c.Options) })
 		})
 	}
 }
 
-func testNamespaceIsSilent(t *testing.T, kind string, withGuest bool) {
+func testNamespaceIsSilent(t *testing.T, kind string, withGuest bool, o Options) {
 	node := testnet.NewNode(t, gw4, gw6)
 	pod, host := addPodOf(t, kind, node, dualStack())
 	// A link that stays the namespace's: its address must not be answered for on eth0.
 	node.AddLink(t, pod, testnet.PodSpec{Name: "net1", NoPort: true, Addrs: []netip.Prefix{netip.MustParsePrefix("203.0.113.5/24")}})
 	quiet(t, pod)
 	before := observe(t, pod)
-	a := attachEth0(t, pod, before)
+	a := attachEth0(t, pod, before, o)
 	wire := testnet.NewCapture(t, node.Namespace, host) // not before: the pod itself may have spoken until now
 	tap := testnet.NewCapture(t, pod, a.rec.Joins[0].Tap)
 	allowed := map[nic.MAC]bool{cluster: true}
@@ -174,12 +182,12 @@ func testNamespaceIsSilent(t *testing.T, kind string, withGuest bool) {
 }
 
 // attachEth0 attaches that NIC alone.
-func attachEth0(t testing.TB, pod *testnet.Namespace, before nic.Snapshot) attached {
+func attachEth0(t testing.TB, pod *testnet.Namespace, before nic.Snapshot, o Options) attached {
 	t.Helper()
 	not := func(n nic.NIC) bool { return n.Name != "eth0" }
 	a := attached{before: before, nics: slices.DeleteFunc(plainNICs(before), not)}
 	var err error
-	a.ports, err = Attach(t.Context(), pod.NS, before, a.nics, Options{}, func(r Record) error { a.rec = r; return nil })
+	a.ports, err = Attach(t.Context(), pod.NS, before, a.nics, o, func(r Record) error { a.rec = r; return nil })
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -89,19 +89,23 @@ var (
 
 	// RFC 826: the kinds and lengths of the addresses, then these.
 	arpFormat    = at("@nh,0,48", network, 0, 6)
+	arpRequest   = at("@nh,0,64", network, 0, 8) // and the operation
 	arpSenderMAC = at("arp saddr ether", network, 8, 6)
 	arpSender    = at("arp saddr ip", network, 14, 4)
 	arpTarget    = at("arp daddr ip", network, 24, 4)
 
 	ip4Frag   = at("ip frag-off", network, 6, 2)
 	ip4From   = at("ip saddr", network, 12, 4)
+	ip4To     = at("ip daddr", network, 16, 4)
 	ip6From   = at("ip6 saddr", network, 8, 16)
+	ip6To     = at("ip6 daddr", network, 24, 16)
 	ip6Length = at("ip6 length", network, 4, 2)
 	fragNext  = part{"frag nexthdr", loadExthdr(unix.IPPROTO_FRAGMENT, 0, 1, 0)}
 	ip6Frag   = part{"frag frag-off", loadExthdr(unix.IPPROTO_FRAGMENT, 2, 2, 0)}
 	// Whether there is a fragment header, the first fragment's included (RFC 8200, section 4.5).
 	fragment = part{"exthdr frag", loadExthdr(unix.IPPROTO_FRAGMENT, 0, 1, unix.NFT_EXTHDR_F_PRESENT)}
 
+	tcpFlags  = at("tcp flags", layer4, 13, 1)
 	udpTo     = at("udp dport", layer4, 2, 2)
 	icmp6Type = at("icmpv6 type", layer4, 0, 1)
 	// Of neighbour solicitations and advertisements (RFC 4861, sections 4.3 and 4.4).
@@ -146,5 +150,8 @@ func (p part) masked(bits uint16, op uint32, sign string) match {
 
 func (p part) without(bits uint16) match { return p.masked(bits, unix.NFT_CMP_EQ, "==") }
 func (p part) with(bits uint16) match    { return p.masked(bits, unix.NFT_CMP_NEQ, "!=") }
+
+// notSYN holds for TCP but for the first segment of a connection (RFC 9293, section 3.1).
+var notSYN = match{"tcp flags & (syn | ack) != syn", join(tcpFlags.load, mask([]byte{0x12}), compare(unix.NFT_CMP_NEQ, []byte{0x02}))}
 
 func join(parts ...attrs) attrs { return slices.Concat(parts...) }

@@ -12,6 +12,7 @@
 // namespace's own stack keeps no address there and stays silent. Rules of nftables at the two ends keep apart what must
 // never meet - the guest's DHCP and router advertisements and the cluster's, the guest and its own frames reflected by a
 // hairpin port - and hold the guest to its MAC and addresses; a [Policy] leaves some out, [Rules] reads them back.
+// Localhost of the namespace can lead to the guest ([Options]).
 // [Detach] puts every link back as Observe saw it.
 //
 // Attach hands a [Record] to its journal before the first change. The same Record undoes a failed Attach, a normal
@@ -24,6 +25,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -39,6 +41,10 @@ type Options struct {
 	Queues int  // queue pairs of each TAP; 0 stands for 1. More than one sets IFF_MULTI_QUEUE on every descriptor.
 	Vhost  bool // open /dev/vhost-net once for every queue, where the machine has it
 
+	// Localhost leads TCP connections that programs in the namespace make to 127.0.0.1 and ::1 to the guest: to the first
+	// NIC that has addresses, unless that is a PCI function.
+	Localhost bool
+
 	Policies map[string]Policy // of the filters, by the NIC's name; a NIC without one has the zero Policy
 
 	// Of PCI functions: whom QEMU runs as, whether it takes their descriptors (iommufd), and whether one may go to a guest
@@ -50,9 +56,10 @@ type Options struct {
 
 // Record is what Detach needs to put a namespace back. It is written before Attach changes anything.
 type Record struct {
-	Snapshot nic.Snapshot `json:"snapshot"`
-	Joins    []Join       `json:"joins"`
-	VFs      []Handover   `json:"vfs,omitempty"`
+	Snapshot nic.Snapshot      `json:"snapshot"`
+	Joins    []Join            `json:"joins"`
+	VFs      []Handover        `json:"vfs,omitempty"`
+	Loopback map[string]string `json:"loopback,omitempty"` // settings of lo, where Attach changes them, as Observe gives those of links
 }
 
 // Join names the links of one NIC.
@@ -63,6 +70,8 @@ type Join struct {
 	Tap        string   `json:"tap"`                  // made by Attach, or Link itself
 	Own        nic.MAC  `json:"own,omitzero"`         // what the link carries while the guest has its MAC; none: it keeps its MAC
 	KeepsAddrs bool     `json:"keepsAddrs,omitempty"` // so does it with its addresses, by which it tells its frames
+	// Localhost are addresses of the guest's NIC, one of each family at most, to which localhost of the namespace leads.
+	Localhost []netip.Addr `json:"localhost,omitempty"`
 }
 
 // Datapath is how frames get from a link to the guest's TAP and back.
@@ -119,6 +128,11 @@ func Attach(ctx context.Context, ns *netns.NS, snap nic.Snapshot, nics []nic.NIC
 	rec, err := plan(snap, nics, o)
 	if err != nil {
 		return nil, err
+	}
+	if len(localAddrs(rec.Joins)) > 0 {
+		if rec.Loopback, err = readLoopback(ns); err != nil {
+			return nil, err
+		}
 	}
 	var m *machine
 	if len(taps(nics)) < len(nics) {
@@ -179,6 +193,10 @@ func attachTaps(ctx context.Context, ns *netns.NS, rec Record, nics []nic.NIC, o
 // plan decides names. It changes nothing.
 func plan(snap nic.Snapshot, nics []nic.NIC, o Options) (Record, error) {
 	rec := Record{Snapshot: snap}
+	local, leads := "", []netip.Addr(nil)
+	if o.Localhost {
+		local, leads = guestOf(nics)
+	}
 	for i, n := range nics {
 		if n.VF != nil {
 			continue
@@ -195,6 +213,9 @@ func plan(snap nic.Snapshot, nics []nic.NIC, o Options) (Record, error) {
 			if name != j.Link && snap.Link(name) != nil {
 				return Record{}, fmt.Errorf("attach %s: link %s is in the namespace already: another VM uses it, or a killed one left it; `virtlet gc` cleans up after killed ones", n.Name, name)
 			}
+		}
+		if n.Name == local {
+			j.Localhost = leads
 		}
 		rec.Joins = append(rec.Joins, j)
 	}

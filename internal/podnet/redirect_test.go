@@ -252,7 +252,10 @@ func TestKilledAtEveryStep(t *testing.T) {
 				quiet(t, pod)
 				before := observe(t, pod)
 				nics := plainNICs(before)
-				rec, err := plan(before, nics, Options{})
+				rec, err := plan(before, nics, Options{Localhost: true})
+				if err == nil {
+					rec.Loopback, err = readLoopback(pod.NS)
+				}
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -296,9 +299,44 @@ func TestKilledAtEveryStep(t *testing.T) {
 					if d := changed(t, pod, before); d != "" {
 						t.Errorf("-before +after:\n%s", d)
 					}
+					if lo, err := readLoopback(pod.NS); err != nil || !cmp.Equal(lo, rec.Loopback) {
+						t.Errorf("settings of the loopback: %v, %v, before %v", lo, err, rec.Loopback)
+					}
 				}
 			})
 		})
+	}
+}
+
+// The rules that localhost leads by say what they do, and come before the others.
+func TestLocalhostIsShown(t *testing.T) {
+	t.Parallel()
+	node := testnet.NewNode(t, gw4)
+	spec := dualStack()
+	spec.Addrs, spec.Routes = spec.Addrs[:1], nil
+	pod, _ := addPod(t, node, spec)
+	a := attach(t, pod, Options{Localhost: true})
+	rules, err := Rules(pod.NS, a.rec.Joins)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, r := range rules["eth0"][:8] {
+		got = append(got, fmt.Sprintf("%s: %s: %s %s%s", r.Hook, r.Match, r.Action, r.To, r.Reason))
+	}
+	honest := "ether saddr " + mac.String()
+	want := []string{
+		"ingress eth0: meta protocol ip ip saddr 169.254.0.67: drop cluster-own",
+		"ingress eth0: meta protocol arp arp saddr ip 169.254.0.67: drop cluster-own",
+		"ingress vlttap0: " + honest + " meta protocol ip ip saddr 198.51.100.2 ip daddr 169.254.0.67 ip frag-off & 0x3fff == 0 meta l4proto tcp tcp flags & (syn | ack) != syn: forward lo",
+		"ingress vlttap0: " + honest + " meta protocol arp arp daddr ip 169.254.0.67 @nh,0,64 0x0001080006040001 arp saddr ip != 0.0.0.0: forward vlttap0",
+		"ingress vlttap0: " + honest + " meta protocol ip ip saddr 198.51.100.2 ip daddr 169.254.0.67: drop own-address",
+		"ingress vlttap0: " + honest + " meta protocol arp arp daddr ip 169.254.0.67: drop own-address",
+		"ingress lo: meta mark 0x766c7474: accept ",
+		"ingress lo: meta protocol ip meta l4proto tcp ip saddr 127.0.0.1 ip daddr 127.0.0.1: forward vlttap0",
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("-want +got:\n%s", d)
 	}
 }
 

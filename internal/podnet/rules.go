@@ -175,10 +175,12 @@ func clusterRules(n nic.NIC, p Policy) []rule {
 	return rules
 }
 
+// ours lets what has our mark pass.
+var ours = rule{match: mark.is(value{fmt.Sprintf("0x%x", ourMark), binary.NativeEndian.AppendUint32(nil, ourMark)})}
+
 // marked lets what has our mark pass other rules.
 func marked(rules func(nic.NIC, Policy) []rule) func(nic.NIC, Policy) []rule {
-	ours := value{fmt.Sprintf("0x%x", ourMark), binary.NativeEndian.AppendUint32(nil, ourMark)}
-	return func(n nic.NIC, p Policy) []rule { return append([]rule{{"", nil, mark.is(ours)}}, rules(n, p)...) }
+	return func(n nic.NIC, p Policy) []rule { return append([]rule{ours}, rules(n, p)...) }
 }
 
 // stackRules keep a link silent whose addresses have to stay.
