@@ -287,6 +287,9 @@ func printState(out io.Writer, st vm.State, counters []vm.Counters, rules bool) 
 				vhost = "vhost-net"
 			}
 			row("", "TAP %s, %s, %s, %s", p.Tap, datapath(p), count(p.Queues, "queue"), vhost)
+			if len(p.Localhost) > 0 {
+				row("", "localhost of the namespace leads to %s", join(p.Localhost))
+			}
 		}
 	}
 	for _, l := range st.Leases {

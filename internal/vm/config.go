@@ -64,6 +64,8 @@ type Config struct {
 	NoSpoofCheck bool `json:"noSpoofCheck,omitempty"`
 	// AllowPhysical lets a PCI function that is no SR-IOV virtual function go to the guest. Nothing holds it to MAC or VLAN.
 	AllowPhysical bool `json:"allowPhysical,omitempty"`
+	// Localhost leads TCP connections that programs in the namespace make to localhost to the guest.
+	Localhost bool `json:"localhost,omitempty"`
 
 	Accel   string `json:"accel,omitempty"`   // kvm, tcg; "" or auto: what the CPU has
 	QEMU    string `json:"qemu,omitempty"`    // "": qemu-system-* of this architecture

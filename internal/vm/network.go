@@ -198,6 +198,9 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 		}
 		words = append(words, fmt.Sprintf("%s %s mtu %d", p.NIC.Name, p.NIC.MAC, p.NIC.MTU))
 	}
+	if v.cfg.Localhost && !slices.ContainsFunc(v.ports, func(p *podnet.Port) bool { return len(p.Join.Localhost) > 0 }) {
+		v.note("localhost of the namespace does not lead to the guest, so port-forward will not: its first NIC is a PCI function, or no NIC has an address")
+	}
 	return strings.Join(words, ", "), nil
 }
 
@@ -205,7 +208,7 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 func (v *VM) options(ctx context.Context, nics []nic.NIC) (podnet.Options, error) {
 	o := podnet.Options{
 		Queues: v.cfg.queues(), Vhost: true, Policies: map[string]podnet.Policy{},
-		UID: unprivileged(v.id), AllowPhysical: v.cfg.AllowPhysical,
+		UID: unprivileged(v.id), AllowPhysical: v.cfg.AllowPhysical, Localhost: v.cfg.Localhost,
 	}
 	var err error
 	if slices.ContainsFunc(nics, func(n nic.NIC) bool { return n.VF != nil }) {

@@ -56,7 +56,8 @@ container_annotations = ["virtlet.cloud/*"]
 `
 
 const network = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": "cni0", "isGateway": true, "mtu": 1430,
-"ipam": {"type": "host-local", "dataDir": "/run/ipam", "ranges": [[{"subnet": "198.51.100.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}}]}`
+"ipam": {"type": "host-local", "dataDir": "/run/ipam", "ranges": [[{"subnet": "198.51.100.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+{"type": "portmap", "snat": true, "capabilities": {"portMappings": true}}]}`
 
 func newNode(t *testing.T) *node {
 	t.Helper()

@@ -51,14 +51,19 @@ func (n *node) images() {
 
 // runPod makes a pod; it has no container yet.
 func (n *node) runPod(name string, annotations map[string]string) (*pod, error) {
+	return n.runPodWith(name, func(c *cri.PodSandboxConfig) { c.Annotations = annotations })
+}
+
+func (n *node) runPodWith(name string, change func(*cri.PodSandboxConfig)) (*pod, error) {
 	p := &pod{node: n, config: &cri.PodSandboxConfig{
 		Metadata: &cri.PodSandboxMetadata{Name: name, Uid: name + "-uid", Namespace: "default"},
-		Hostname: name, LogDirectory: filepath.Join(n.dir, "log", name), Annotations: annotations,
+		Hostname: name, LogDirectory: filepath.Join(n.dir, "log", name),
 		DnsConfig: &cri.DNSConfig{Servers: []string{"192.0.2.53"}, Searches: []string{"default.svc.cluster.local"}},
 		Linux: &cri.LinuxPodSandboxConfig{
 			CgroupParent: n.cgroup + "/" + name, SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{}},
 		},
 	}}
+	change(p.config)
 	r, err := n.runtime.RunPodSandbox(n.limit(), &cri.RunPodSandboxRequest{Config: p.config, RuntimeHandler: "virtlet"})
 	if err != nil {
 		return nil, err
