@@ -63,7 +63,7 @@ func (b *batch) addHook(h hook) {
 		number = unix.NF_NETDEV_EGRESS
 	}
 	priority := int32(0)
-	if h.local {
+	if h.local != "" {
 		priority = -1
 	}
 	at := attrs{}.u32(unix.NFTA_HOOK_HOOKNUM, number).u32(unix.NFTA_HOOK_PRIORITY, uint32(priority)).text(unix.NFTA_HOOK_DEV, h.device)

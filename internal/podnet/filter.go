@@ -31,7 +31,7 @@ type hook struct {
 	rules  func(nic.NIC, Policy) []rule // for them
 	to     string                       // where those go that pass, by redirect; "": on, as without rules
 	marks  bool                         // and they get our mark before
-	local  bool                         // its rules are those of localhost.go, which see a frame first
+	local  from                         // its rules are those of localhost.go, which see a frame first
 }
 
 // hooks gives those of a join: first toward the guest, then from it. They are netdev ingress ones: packet sockets, and so
@@ -113,7 +113,7 @@ func (h hook) chain() string {
 	if h.egress {
 		name = "to-" + h.device
 	}
-	if h.local {
+	if h.local != "" {
 		name = "localhost-" + name
 	}
 	return name

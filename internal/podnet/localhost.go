@@ -62,7 +62,7 @@ func guestOf(nics []nic.NIC) (name string, addrs []netip.Addr) {
 
 // family is what IPv4 and IPv6 have in common, each in its way.
 type family struct {
-	is, whole       match // a frame is of it, and no fragment
+	is, whole       match // a frame is of it, and is no fragment
 	from, to        part
 	fromAt, toAt    uint32 // where these are in the header
 	sums            checksums
@@ -145,13 +145,22 @@ func askND(f family, own nic.MAC) inquiry {
 	}
 }
 
-// localHooks gives the hooks of these rules at a join: for frames from other hosts, from the guest, and, at the NIC that
-// localhost leads to, from the loopback. They are before the join's own hooks.
+// from is where the frames come from that a hook of these rules is for.
+type from string
+
+const (
+	fromOthers   from = "others"
+	fromGuest    from = "guest"
+	fromLoopback from = "loopback"
+)
+
+// localHooks gives the hooks of these rules at a join, and, at the NIC that localhost leads to, at the loopback. They are before
+// the join's own hooks.
 func (j Join) localHooks() []hook {
 	first := j.hooks()[0]
-	all := []hook{{device: first.device, egress: first.egress, local: true}, {device: j.Tap, local: true}}
+	all := []hook{{device: first.device, egress: first.egress, local: fromOthers}, {device: j.Tap, local: fromGuest}}
 	if len(j.Localhost) > 0 {
-		all = append(all, hook{device: loopback, local: true})
+		all = append(all, hook{device: loopback, local: fromLoopback})
 	}
 	return all
 }
@@ -211,21 +220,17 @@ func (b *batch) addLocalRule(h hook, r localRule) {
 // localRules gives those of a hook, for the guest's addresses.
 func (j *joint) localRules(h hook, addrs []netip.Addr) []localRule {
 	var all []localRule
-	if h.egress || h.device == loopback {
+	if h.egress || h.local == fromLoopback { // where our own come by
 		all = append(all, localRule{rule: ours})
 	}
 	for _, a := range addrs {
-		switch h.device {
-		case loopback:
-			all = append(all, j.calls(familyOf(a), a))
-		case j.Join.Tap:
-			if !h.egress {
-				all = append(all, j.answers(familyOf(a), a)...)
-				break
-			}
-			fallthrough
-		default:
-			all = append(all, strangers(familyOf(a))...)
+		switch f := familyOf(a); h.local {
+		case fromOthers:
+			all = append(all, strangers(f)...)
+		case fromGuest:
+			all = append(all, j.answers(f, a)...)
+		case fromLoopback:
+			all = append(all, j.calls(f, a))
 		}
 	}
 	return all
@@ -240,7 +245,8 @@ func (j *joint) calls(f family, guest netip.Addr) localRule {
 }
 
 // answers leads the guest's part of such connections to the loopback, and answers its questions for whom it sees there. It
-// cannot begin a connection, and nothing of it for that address goes anywhere else.
+// cannot begin a connection, and nothing of it for that address goes anywhere else. What is not from the guest's own MAC and
+// address is left to the rules of the spoof check.
 func (j *joint) answers(f family, guest netip.Addr) []localRule {
 	honest, ask := etherFrom.is(hardware(j.NIC.MAC)), f.ask(f, ownMAC(j.NIC.MAC))
 	toHost := all(honest, f.is, f.from.is(addr(guest)), f.to.is(addr(f.host)))

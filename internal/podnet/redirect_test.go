@@ -25,7 +25,7 @@ func attachAs(t *testing.T, pod *testnet.Namespace, change func(*nic.Link)) atta
 	a.nics = plainNICs(a.before)
 	change(a.before.Link("eth0"))
 	var err error
-	a.ports, err = Attach(t.Context(), pod.NS, a.before, a.nics, Options{}, func(r Record) error { a.rec = r; return nil })
+	a.ports, err = Attach(t.Context(), pod.NS, a.before, a.nics, Options{Localhost: true}, func(r Record) error { a.rec = r; return nil })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +41,7 @@ func attachAs(t *testing.T, pod *testnet.Namespace, change func(*nic.Link)) atta
 func TestLinkThatKeepsItsAddresses(t *testing.T) {
 	t.Parallel()
 	node := testnet.NewNode(t, gw4, gw6)
-	pod, host := addPodOf(t, "macvlan", node, dualStack())
+	pod, host := withLoopback(t, "macvlan", node, dualStack())
 	quiet(t, pod)
 	a := attachAs(t, pod, func(l *nic.Link) { l.Kind, l.Mode = "ipvlan", "l2" })
 	now := observe(t, pod)
@@ -57,6 +57,16 @@ func TestLinkThatKeepsItsAddresses(t *testing.T) {
 	for _, to := range []netip.Addr{gw4.Addr(), gw6.Addr()} {
 		if !guest.Ping(to) {
 			t.Errorf("guest does not reach %s", to)
+		}
+	}
+	port, callers := callees(t, guest)
+	for local, stranger := range localhosts {
+		conn, err := call(pod, local, port)
+		if err == nil {
+			err = echoes(conn, 1e5)
+		}
+		if got := callers(); err != nil || got[stranger] != 1 {
+			t.Errorf("%s: %v; callers %v", local, err, got)
 		}
 	}
 	wire := testnet.NewCapture(t, node.Namespace, host)
