@@ -72,6 +72,7 @@ var guarded = []struct {
 	{"google.golang.org/grpc/codes", []string{"internal/shim"}},
 	{"google.golang.org/grpc/status", []string{"internal/shim"}},
 	{"google.golang.org/grpc", testOnly},
+	{"github.com/moby", testOnly},
 	{"github.com/opencontainers", []string{"internal/shim"}},
 	{"k8s.io", testOnly},
 	{"os/exec", append([]string{"internal/cni", "internal/image", "internal/qemu", "internal/ssh"}, testOnly...)},

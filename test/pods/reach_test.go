@@ -1,18 +1,20 @@
 package pods
 
 import (
-	"encoding/binary"
+	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
-	"net/url"
 	"regexp"
 	"strings"
 	"testing"
+	"testing/iotest"
 	"time"
 
-	"golang.org/x/net/websocket"
+	"github.com/moby/spdystream"
 	"golang.org/x/sync/errgroup"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -43,20 +45,13 @@ func TestReach(t *testing.T) {
 	}
 
 	t.Run("port-forward", func(t *testing.T) {
+		conn := p.portForward(t, 80)
 		var all errgroup.Group
-		for range 4 {
+		for i := range 4 {
 			all.Go(func() error {
-				conn, failed, err := p.portForward(80)
-				if err != nil {
-					return err
-				}
-				defer conn.Close()
-				if _, err := io.WriteString(conn, "GET /no-such-file HTTP/1.0\r\n\r\n"); err != nil {
-					return err
-				}
-				answer := make([]byte, len(served))
-				if _, err := io.ReadFull(conn, answer); err != nil || string(answer) != served {
-					return fmt.Errorf("the page is %q, %w; %s", answer, err, failed())
+				answer, failed, err := forward(conn, 80, i, ask)
+				if err != nil || failed != "" || !strings.HasPrefix(answer, "HTTP/1.") {
+					return fmt.Errorf("the guest's server says %q, containerd %q, %v", answer, failed, err)
 				}
 				return nil
 			})
@@ -64,15 +59,9 @@ func TestReach(t *testing.T) {
 		if err := all.Wait(); err != nil {
 			t.Error(err)
 		}
-	})
-	t.Run("port-forward to a closed port", func(t *testing.T) {
-		conn, failed, err := p.portForward(81)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		if got, err := io.ReadAll(conn); len(got) > 0 || !strings.Contains(failed(), "connection refused") {
-			t.Errorf("it says %q, %v, and for an error %q", got, err, failed())
+		answer, failed, err := forward(p.portForward(t, 81), 81, 0, ask)
+		if err != nil || answer != "" || !strings.Contains(failed, "127.0.0.1:81: connect: connection refused") {
+			t.Errorf("a closed port says %q, containerd %q, %v", answer, failed, err)
 		}
 	})
 	t.Run("probes", func(t *testing.T) { // by httpGet and by tcpSocket: from the node, to the pod's address
@@ -146,7 +135,8 @@ func TestReach(t *testing.T) {
 	p.remove(before)
 }
 
-const served = "HTTP/1.1 404 Not Found" // of busybox, whose guest has no such file
+// ask is what a client of the guest's server says; whatever that answers will do.
+const ask = "GET / HTTP/1.0\r\nUser-Agent: kube-probe/1.30\r\nConnection: close\r\n\r\n"
 
 var dropped = regexp.MustCompile(`counter packets (\d+)`)
 
@@ -230,88 +220,78 @@ func page(from *netns.NS, to netip.AddrPort) error {
 	}
 	defer conn.Close()
 	_ = conn.SetDeadline(time.Now().Add(patience))
-	if _, err := io.WriteString(conn, "GET /no-such-file HTTP/1.0\r\nUser-Agent: kube-probe/1.30\r\nConnection: close\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(conn, ask); err != nil {
 		return err
 	}
 	text, err := io.ReadAll(conn)
 	if err != nil || !strings.HasPrefix(string(text), "HTTP/1.") {
-		return fmt.Errorf("%s says %q, %w", to, text, err)
+		return fmt.Errorf("%s says %q, %v", to, text, err)
 	}
 	return nil
 }
 
-// portForward is `kubectl port-forward`, one connection of it. The streams of Kubernetes are messages of a WebSocket that
-// begin with the number of the stream; the first of each has the port. failed gives what was said of errors so far.
-func (p *pod) portForward(port int32) (conn net.Conn, failed func() string, err error) {
+// portForward is `kubectl port-forward`: a connection of SPDY, on which each connection of the user's is a pair of streams.
+func (p *pod) portForward(t *testing.T, port int32) *spdystream.Connection {
+	t.Helper()
 	r, err := p.runtime.PortForward(p.limit(), &cri.PortForwardRequest{PodSandboxId: p.id, Port: []int32{port}})
 	if err != nil {
-		return nil, nil, err
+		t.Fatal(err)
 	}
-	at, err := url.Parse(r.Url)
+	request, err := http.NewRequest(http.MethodPost, r.Url, nil)
 	if err != nil {
-		return nil, nil, err
+		t.Fatal(err)
 	}
-	at.Scheme, at.RawQuery = "ws", fmt.Sprintf("port=%d", port)
-	config, err := websocket.NewConfig(at.String(), "http://localhost")
+	for key, value := range map[string]string{"Connection": "Upgrade", "Upgrade": "SPDY/3.1", "X-Stream-Protocol-Version": "portforward.k8s.io"} {
+		request.Header.Set(key, value)
+	}
+	tcp, err := dial(p.netns(), netip.MustParseAddrPort(request.URL.Host))
 	if err != nil {
-		return nil, nil, err
-	}
-	config.Protocol = []string{"v4.channel.k8s.io"}
-	ns, err := netns.Open(fmt.Sprintf("/proc/%d/ns/net", p.holder.Process.Pid))
-	if err != nil {
-		return nil, nil, err
-	}
-	defer ns.Close()
-	var tcp net.Conn
-	if err := ns.Do(func() error { tcp, err = net.Dial("tcp", at.Host); return err }); err != nil {
-		return nil, nil, err
+		t.Fatal(err)
 	}
 	_ = tcp.SetDeadline(time.Now().Add(patience))
-	ws, err := websocket.NewClient(config, tcp)
+	if err := request.Write(tcp); err != nil {
+		t.Fatal(err)
+	}
+	// Byte by byte: what comes behind the answer is SPDY's.
+	answer, err := http.ReadResponse(bufio.NewReaderSize(iotest.OneByteReader(tcp), 1), request)
+	if err != nil || answer.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("%+v, %v", answer, err)
+	}
+	conn, err := spdystream.NewConnection(tcp, false)
 	if err != nil {
-		tcp.Close()
-		return nil, nil, err
+		t.Fatal(err)
 	}
-	f := &forwarded{Conn: tcp, ws: ws}
-	for range 2 {
-		var first []byte
-		if err := websocket.Message.Receive(ws, &first); err != nil || len(first) != 3 || binary.LittleEndian.Uint16(first[1:]) != uint16(port) {
-			f.Close()
-			return nil, nil, fmt.Errorf("a stream begins with % x, %w", first, err)
-		}
-	}
-	return f, func() string { return f.failed }, nil
+	t.Cleanup(func() { conn.Close(); tcp.Close() })
+	go conn.Serve(spdystream.NoOpStreamHandler)
+	return conn
 }
 
-// forwarded is a connection through streams.
-type forwarded struct {
-	net.Conn
-	ws     *websocket.Conn
-	unread []byte
-	failed string
-}
-
-const dataStream, errorStream = 0, 1
-
-func (f *forwarded) Write(b []byte) (int, error) {
-	return len(b), websocket.Message.Send(f.ws, append([]byte{dataStream}, b...))
-}
-
-func (f *forwarded) Read(b []byte) (int, error) {
-	for len(f.unread) == 0 {
-		var message []byte
-		if err := websocket.Message.Receive(f.ws, &message); err != nil {
-			return 0, err
+// forward is one connection: it sends a line and gives what comes back, and what containerd has to say of errors.
+func forward(conn *spdystream.Connection, port int32, id int, line string) (answer, failed string, err error) {
+	headers := http.Header{"Port": {fmt.Sprint(port)}, "Requestid": {fmt.Sprint(id)}}
+	stream := func(kind string) *spdystream.Stream {
+		if err != nil {
+			return nil
 		}
-		switch {
-		case len(message) == 0:
-		case message[0] == dataStream:
-			f.unread = message[1:]
-		case message[0] == errorStream:
-			f.failed += string(message[1:])
+		headers.Set("Streamtype", kind)
+		var s *spdystream.Stream
+		if s, err = conn.CreateStream(headers.Clone(), nil, false); err == nil {
+			err = s.WaitTimeout(patience)
 		}
+		return s
 	}
-	n := copy(b, f.unread)
-	f.unread = f.unread[n:]
-	return n, nil
+	errs, data := stream("error"), stream("data")
+	if err != nil {
+		return "", "", err
+	}
+	err = errs.Close() // our half
+	if err == nil {
+		_, err = io.WriteString(data, line)
+	}
+	if err != nil {
+		return "", "", err
+	}
+	got, err := io.ReadAll(data)
+	why, more := io.ReadAll(errs)
+	return string(got), string(why), errors.Join(err, more, data.Close())
 }
