@@ -77,9 +77,9 @@ func newNode(t *testing.T) *node {
 	n.write("config.toml", strings.NewReplacer("PLUGINS", testnet.Plugins(t), "DIR", n.dir).Replace(configuration))
 	n.write("net.d/10-pods.conflist", network)
 	shim := filepath.Join(n.dir, "bin")
-	build := exec.Command("go", "build", "-o", shim+"/containerd-shim-virtlet-v2", "github.com/virtlet/virtlet/cmd/containerd-shim-virtlet-v2")
+	build := exec.Command("go", "build", "-o", shim+"/", "github.com/virtlet/virtlet/cmd/...")
 	if given := os.Getenv("VIRTLET_BIN"); given != "" {
-		build = exec.Command("install", "-D", "-t", shim, filepath.Join(filepath.Dir(given), "containerd-shim-virtlet-v2"))
+		build = exec.Command("install", "-D", "-t", shim, given, filepath.Join(filepath.Dir(given), "containerd-shim-virtlet-v2"))
 	}
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v: %s", build, err, out)
@@ -219,6 +219,13 @@ func (n *node) eventually(what string, ok func() bool) {
 // run runs a program in the node's network.
 func (n *node) run(args ...string) (string, error) {
 	out, err := exec.Command("nsenter", append([]string{"-n", "-t", fmt.Sprint(n.holder.Process.Pid)}, args...)...).CombinedOutput()
+	return string(out), err
+}
+
+// virtlet runs the command on the node.
+func (n *node) virtlet(args ...string) (string, error) {
+	at := []string{"-m", "-n", "-p", "-t", fmt.Sprint(n.holder.Process.Pid), filepath.Join(n.dir, "bin", "virtlet")}
+	out, err := exec.Command("nsenter", append(at, args...)...).CombinedOutput()
 	return string(out), err
 }
 

@@ -40,8 +40,14 @@ func TestReach(t *testing.T) {
 	p.report()
 	ip, here := p.ip(), n.netns()
 	guest := netip.AddrPortFrom(ip, 80)
-	if st := n.vm(t); len(st.Ports) != 1 || fmt.Sprint(st.Ports[0].Localhost) != "["+ip.String()+"]" {
-		t.Errorf("localhost leads to %+v", st.Ports)
+	for want, flag := range map[string]string{
+		"in order: the guest is joined as it was":                     "--check",
+		"localhost of the namespace leads to " + ip.String():          "--rules",
+		"ip saddr 127.0.0.1 ip daddr 127.0.0.1: forward to vlttap0\n": "--rules",
+	} {
+		if out, err := n.virtlet("inspect", flag, n.vm(t).Config.Name); err != nil || !strings.Contains(out, want) {
+			t.Errorf("inspect %s: %v, without %q: %s", flag, err, want, out)
+		}
 	}
 
 	t.Run("port-forward", func(t *testing.T) {
