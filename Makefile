@@ -13,7 +13,7 @@ DEBIAN = $$([ "$$(id -u)/$$(uname -m)" != 0/x86_64 ] || hack/debian.sh)
 VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 .NOTPARALLEL: # the tests want the machine to themselves
-.PHONY: help setup build plugins guest debian demo test test-guest lab-table lab-sriov lint bench install uninstall clean
+.PHONY: help setup build plugins image guest debian demo test test-guest lab-table lab-sriov lint bench install uninstall clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,10 @@ build: ## build bin/virtlet and bin/containerd-shim-virtlet-v2
 
 plugins: ## build the reference CNI plugins, pinned in go.mod: bin/cni
 	@hack/plugins.sh
+
+image: build ## make the image of the installer for Kubernetes: bin/virtlet-installer.tar
+	@go run ./deploy/image -o bin/virtlet-installer.tar -t virtlet-installer:$(VERSION) bin/virtlet bin/containerd-shim-virtlet-v2
+	@echo bin/virtlet-installer.tar
 
 guest: ## make the guest that tests boot, and print its directory
 	@echo $(GUEST)

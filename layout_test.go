@@ -23,9 +23,12 @@ const module = "github.com/virtlet/virtlet"
 // edges is every package and what it may import of this module. Tests may import whatever Go lets them.
 var edges = map[string][]string{
 	"":                               nil, // this file
-	"cmd/virtlet":                    {"internal/vm"},
+	"cmd/virtlet":                    {"internal/node", "internal/vm"},
 	"cmd/containerd-shim-virtlet-v2": {"internal/shim"},
+	"deploy":                         nil,
+	"deploy/image":                   nil,
 	"internal/shim":                  {"internal/vm"},
+	"internal/node":                  {"internal/vm"},
 	"internal/vm": {
 		"internal/cloudinit", "internal/cni", "internal/dhcp", "internal/image", "internal/netns", "internal/nic",
 		"internal/pci", "internal/podnet", "internal/qemu", "internal/ssh",
@@ -71,11 +74,13 @@ var guarded = []struct {
 	{"github.com/containerd", []string{"internal/shim"}},
 	{"google.golang.org/grpc/codes", []string{"internal/shim"}},
 	{"google.golang.org/grpc/status", []string{"internal/shim"}},
-	{"google.golang.org/grpc", testOnly},
+	{"google.golang.org/grpc", append([]string{"internal/node"}, testOnly...)},
 	{"github.com/moby", testOnly},
 	{"github.com/opencontainers", []string{"internal/shim"}},
+	{"github.com/google/go-containerregistry", []string{"deploy/image"}},
+	{"k8s.io/cri-api", append([]string{"internal/node"}, testOnly...)},
 	{"k8s.io", testOnly},
-	{"os/exec", append([]string{"internal/cni", "internal/image", "internal/qemu", "internal/ssh"}, testOnly...)},
+	{"os/exec", append([]string{"internal/cni", "internal/image", "internal/node", "internal/qemu", "internal/ssh"}, testOnly...)},
 	{"testing", testOnly},
 }
 

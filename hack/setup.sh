@@ -14,6 +14,7 @@ needed() {
 		qemu-img                 qemu-utils       makes overlays of disks
 		iptables                 iptables         the CNI plugins portmap and firewall
 		nft                      nftables         the same, and the tests
+		dbus-daemon              dbus-daemon      tests: a bus, to ask for the restart of containerd
 		ip                       iproute2         tests and demo
 		ping                     iputils-ping     tests and demo
 		curl                     curl             demo

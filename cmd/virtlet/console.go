@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -209,33 +210,37 @@ func (a *app) checkCmd() *cobra.Command {
 		Example: "  virtlet check",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			r.Store, r.Plugins = a.store, pluginDirs(plugins)
-			all := vm.Check(cmd.Context(), r)
-			failed := 0
-			for _, f := range all {
-				if f.Level == vm.Fail {
-					failed++
-				}
-				if a.json {
-					continue
-				}
-				fmt.Fprintf(a.out, "%-4s  %s: %s\n", f.Level, f.What, f.Is)
-				if f.Do != "" {
-					fmt.Fprintf(a.out, "      -> %s\n", f.Do)
-				}
-			}
-			if a.json {
-				if err := a.printJSON(all); err != nil {
-					return err
-				}
-			}
-			if failed > 0 {
-				return fmt.Errorf("checks failed: %d", failed)
-			}
-			return nil
+			return a.printFindings(vm.Check(cmd.Context(), r))
 		},
 	})
 	cmd.Flags().StringVar(&r.ConfDir, "cni-conf-dir", vm.DefaultConfDir, "CNI configurations")
 	cmd.Flags().StringArrayVar(&plugins, "cni-bin-dir", nil, "CNI plugins; repeatable")
 	cmd.Flags().StringVar(&r.QEMU, "qemu", "", "QEMU program")
 	return cmd
+}
+
+// printFindings shows what a check has found. That something fails is the error.
+func (a *app) printFindings(all []vm.Finding) error {
+	failed := 0
+	for _, f := range all {
+		if f.Level == vm.Fail {
+			failed++
+		}
+		if a.json {
+			continue
+		}
+		fmt.Fprintf(a.out, "%-4s  %s: %s\n", f.Level, f.What, strings.ReplaceAll(f.Is, "\n", "\n      "))
+		if f.Do != "" {
+			fmt.Fprintf(a.out, "      -> %s\n", f.Do)
+		}
+	}
+	if a.json {
+		if err := a.printJSON(all); err != nil {
+			return err
+		}
+	}
+	if failed > 0 {
+		return fmt.Errorf("checks failed: %d", failed)
+	}
+	return nil
 }

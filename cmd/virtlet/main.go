@@ -145,7 +145,7 @@ addresses, its routes, DNS and MTU, at layer 2 and without NAT.
 		return nil
 	}
 	cmd.AddCommand(a.runCmd(), a.superviseCmd(), a.psCmd(), a.inspectCmd(), a.logsCmd(), a.consoleCmd(), a.sshCmd(), a.stopCmd(),
-		a.rmCmd(), a.gcCmd(), a.checkCmd(), a.versionCmd())
+		a.rmCmd(), a.gcCmd(), a.checkCmd(), a.nodeCmd(), a.versionCmd())
 	strict(cmd)
 	return cmd
 }

@@ -72,11 +72,6 @@ func (r CheckRequest) privileges(context.Context) []Finding {
 }
 
 func (r CheckRequest) qemu(ctx context.Context) []Finding {
-	accel, why := qemu.DetectAccel("/")
-	a := Finding{Level: OK, What: "acceleration", Is: fmt.Sprintf("%s: %s", accel, why)}
-	if accel != qemu.KVM {
-		a.Level, a.Do = Warn, "guests run, but slowly: enable virtualisation (VT-x, AMD-V) in the firmware, or nested virtualisation in the hypervisor"
-	}
 	binary := r.QEMU
 	if binary == "" {
 		binary = qemu.DefaultBinary(arch)
@@ -88,12 +83,21 @@ func (r CheckRequest) qemu(ctx context.Context) []Finding {
 		img = qemuImg
 	}
 	v, err = qemu.Version(ctx, img)
-	return []Finding{q, found("qemu-img", err, v, "install it: apt-get install qemu-utils"), a}
+	return []Finding{q, found("qemu-img", err, v, "install it: apt-get install qemu-utils")}
 }
 
-func (r CheckRequest) devices(context.Context) []Finding {
+func (r CheckRequest) devices(context.Context) []Finding { return CheckDevices("/") }
+
+// CheckDevices looks at the devices that VMs use, and at what accelerates them. root is the machine's root directory: "/", or
+// where that is mounted.
+func CheckDevices(root string) []Finding {
+	accel, why := qemu.DetectAccel(root)
+	a := Finding{Level: OK, What: "acceleration", Is: fmt.Sprintf("%s: %s", accel, why)}
+	if accel != qemu.KVM {
+		a.Level, a.Do = Warn, "guests run, but slowly: enable virtualisation (VT-x, AMD-V) in the firmware, or nested virtualisation in the hypervisor"
+	}
 	open := func(path string) error {
-		fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
+		fd, err := unix.Open(filepath.Join(root, path), unix.O_RDWR|unix.O_CLOEXEC, 0)
 		if err == nil {
 			unix.Close(fd)
 			return nil
@@ -105,13 +109,15 @@ func (r CheckRequest) devices(context.Context) []Finding {
 	if vhost.Level == Fail {
 		vhost.Level = Warn
 	}
-	return []Finding{tun, vhost}
+	return []Finding{a, tun, vhost}
 }
 
-// network tries what every VM needs in a namespace of its own, which goes again.
-func (r CheckRequest) network(context.Context) []Finding {
+func (r CheckRequest) network(context.Context) []Finding { return []Finding{CheckNetwork()} }
+
+// CheckNetwork tries what every VM needs of the kernel in a namespace of its own, which goes again. It takes root.
+func CheckNetwork() Finding {
 	do := "the kernel needs veth, bridge, tun and nf_tables (CONFIG_NF_TABLES_NETDEV, CONFIG_NETFILTER_INGRESS), and virtlet needs root"
-	return []Finding{found("namespace, bridge, TAP, filters", podnet.Probe(), "all of them work", do)}
+	return found("namespace, bridge, TAP, filters", podnet.Probe(), "all of them work", do)
 }
 
 // checkTimeout bounds the question whether a network is ready.

@@ -59,7 +59,16 @@ const network = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "b
 "ipam": {"type": "host-local", "dataDir": "/run/ipam", "ranges": [[{"subnet": "198.51.100.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
 {"type": "portmap", "snat": true, "capabilities": {"portMappings": true}}]}`
 
+// newNode makes a machine where containerd runs with the handler.
 func newNode(t *testing.T) *node {
+	t.Helper()
+	n := newMachine(t)
+	n.startContainerd()
+	return n
+}
+
+// newMachine makes a machine where containerd has not been started yet.
+func newMachine(t *testing.T) *node {
 	t.Helper()
 	testnet.NeedRoot(t)
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
@@ -106,7 +115,6 @@ func newNode(t *testing.T) *node {
 	}
 	t.Cleanup(n.end)
 	n.await("ready")
-	n.startContainerd()
 	return n
 }
 
