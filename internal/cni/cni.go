@@ -108,35 +108,6 @@ func (a Attachment) Types() []string {
 	return types
 }
 
-// Device gives the PCI address that a device plugin has chosen for the network, and that whoever calls its CNI plugins has
-// written into the configuration or its capability arguments (deviceID); "" if there is none.
-func (a Attachment) Device() string {
-	if id, ok := a.CapabilityArgs["deviceID"].(string); ok {
-		return id
-	}
-	return deviceID(a.Network)
-}
-
-// deviceID reads it from a configuration, or the first that has one of a list.
-func deviceID(network []byte) string {
-	type plugin struct {
-		DeviceID string `json:"deviceID"`
-	}
-	var list struct {
-		plugin
-		Plugins []plugin `json:"plugins"`
-	}
-	if json.Unmarshal(network, &list) != nil {
-		return "" // of that, ADD has complained
-	}
-	for _, p := range append([]plugin{list.plugin}, list.Plugins...) {
-		if p.DeviceID != "" {
-			return p.DeviceID
-		}
-	}
-	return ""
-}
-
 // Add runs ADD of every plugin and gives the result, converted from whatever CNI version the last plugin answered in.
 // Interface indices, names and addresses in it are not checked. When a plugin fails, Add runs Del, also when ctx is
 // done, and joins its error as an [*UndoError]. Errors before the first plugin ran change nothing: [ErrMissing], [ErrAttached], a

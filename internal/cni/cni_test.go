@@ -410,20 +410,3 @@ func TestGC(t *testing.T) {
 		t.Errorf("disableGC: %v, ran %v", err, lines(t, log))
 	}
 }
-
-func TestDevice(t *testing.T) {
-	for _, tt := range []struct {
-		a    Attachment
-		want string
-	}{
-		{Attachment{Network: []byte(`{"plugins":[{"type":"tuning"},{"type":"sriov","deviceID":"0000:01:10.0"}]}`)}, "0000:01:10.0"},
-		{Attachment{Network: []byte(`{"type":"sriov","deviceID":"0000:01:10.0"}`)}, "0000:01:10.0"},
-		{Attachment{Network: []byte(`{"plugins":[{"deviceID":"0000:01:10.0"}]}`), CapabilityArgs: map[string]any{"deviceID": "0000:01:10.2"}}, "0000:01:10.2"},
-		{Attachment{Network: []byte(`{"plugins":[{"type":"bridge"}]}`)}, ""},
-		{Attachment{Network: []byte(`[]`)}, ""},
-	} {
-		if got := tt.a.Device(); got != tt.want {
-			t.Errorf("device %q of %s, want %q", got, tt.a.Network, tt.want)
-		}
-	}
-}

@@ -23,15 +23,16 @@ const (
 type Delegate struct {
 	Network string
 	IfName  string
-	Device  string           // as of Attachment.Device, which Multus has written there
-	Result  *types100.Result // converted and as little checked as that of Runtime.Add
+	Device  Device           // as of Attachment.Device
+	Result  *types100.Result // converted and as little checked as that of Runtime.Add; nil where nothing but Device is known
 }
 
 // Delegates gives the networks that Multus has attached beside its default one, in the order in which it did. There are
 // none unless a plugin of the network is Multus. Multus answers ADD with the result of the default network alone; what
 // the others answered is in files that it keeps until DEL. A network whose file cannot be read is an error beside the
-// others, and one that made no interface is left out.
-func (a Attachment) Delegates() ([]Delegate, error) {
+// others, and one that made no interface is left out, unless it is known to have a device: some plugins answer nothing for
+// one that is with VFIO. infos is where device info is, DeviceInfoDir.
+func (a Attachment) Delegates(infos string) ([]Delegate, error) {
 	n, err := Parse("of attachment "+printable(a.ContainerID, 64), a.Network)
 	if err != nil {
 		return nil, err
@@ -42,13 +43,13 @@ func (a Attachment) Delegates() ([]Delegate, error) {
 		if p.Network.Type != multus {
 			continue
 		}
-		some, err := a.delegates(p)
+		some, err := a.delegates(p, infos)
 		all, errs = append(all, some...), append(errs, err)
 	}
 	return all, errors.Join(errs...)
 }
 
-func (a Attachment) delegates(p *libcni.PluginConfig) ([]Delegate, error) {
+func (a Attachment) delegates(p *libcni.PluginConfig, infos string) ([]Delegate, error) {
 	var conf struct {
 		Dir string `json:"cniDir"`
 	}
@@ -81,10 +82,11 @@ func (a Attachment) delegates(p *libcni.PluginConfig) ([]Delegate, error) {
 			continue
 		}
 		d := Delegate{Network: cmp.Or(k.Conf.Name, k.ConfList.Name), IfName: cmp.Or(k.IfName, fmt.Sprintf("net%d", i))}
-		switch err := d.read(dir, a.ContainerID); {
-		case err != nil:
+		if err := d.read(dir, a.ContainerID, infos); err != nil {
 			errs = append(errs, a.errorf("read", "network %q, which Multus attached: %w", printable(d.Network, 64), err))
-		case len(d.Result.Interfaces) > 0 || len(d.Result.IPs) > 0:
+		}
+		made := d.Result != nil && (len(d.Result.Interfaces) > 0 || len(d.Result.IPs) > 0)
+		if made || d.Device.Address != "" || d.Device.PF != "" {
 			all = append(all, d)
 		}
 	}
@@ -92,7 +94,7 @@ func (a Attachment) delegates(p *libcni.PluginConfig) ([]Delegate, error) {
 }
 
 // read fills in the result from libcni's cache in dir. Names of files there are ambiguous, so the content has to agree.
-func (d *Delegate) read(dir, containerID string) error {
+func (d *Delegate) read(dir, containerID, infos string) error {
 	if err := utils.ValidateNetworkName(d.Network); err != nil {
 		return fmt.Errorf("its name: %s", err.Msg)
 	}
@@ -106,6 +108,7 @@ func (d *Delegate) read(dir, containerID string) error {
 		IfName      string          `json:"ifName"`
 		Network     string          `json:"networkName"`
 		Config      json.RawMessage `json:"config"`
+		Capability  map[string]any  `json:"capabilityArgs"`
 		Result      json.RawMessage `json:"result"`
 	}
 	if err := readJSON(file, &entry); err != nil {
@@ -114,11 +117,12 @@ func (d *Delegate) read(dir, containerID string) error {
 	if entry.Kind != libcni.CNICacheV1 || entry.ContainerID != containerID || entry.IfName != d.IfName || entry.Network != d.Network {
 		return fmt.Errorf("%s is of another attachment", file)
 	}
+	given := Attachment{Network: cached(entry.Config), ContainerID: containerID, IfName: d.IfName, CapabilityArgs: entry.Capability}
+	d.Device = given.Device(infos)
 	checked, err := (&runner{}).result(entry.Result)
 	if err != nil {
 		return fmt.Errorf("%s: %w", file, err)
 	}
-	d.Device = deviceID(cached(entry.Config))
 	result, err := create.CreateFromBytes(checked)
 	if err == nil {
 		d.Result, err = types100.NewResultFromResult(result)

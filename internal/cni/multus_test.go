@@ -42,7 +42,7 @@ func TestDelegates(t *testing.T) {
 		"lan-c1-net1": entry("lan", "net1", lanResult), "data-c1-data0": entry("data", "data0", dataResult),
 		"default-c1-eth0": entry("default", "eth0", lanResult),
 	})
-	all, err := a.Delegates()
+	all, err := a.Delegates(t.TempDir())
 	if err != nil || len(all) != 2 {
 		t.Fatalf("%+v, %v", all, err)
 	}
@@ -53,7 +53,7 @@ func TestDelegates(t *testing.T) {
 		t.Errorf("%+v", d)
 	}
 	// A network that is not Multus's has none, whatever is there.
-	if all, err := chain(t, "1.0.0", "x").Attachment("c1", here, "eth0").Delegates(); all != nil || err != nil {
+	if all, err := chain(t, "1.0.0", "x").Attachment("c1", here, "eth0").Delegates(t.TempDir()); all != nil || err != nil {
 		t.Errorf("%+v, %v", all, err)
 	}
 }
@@ -89,7 +89,7 @@ func TestUnusableDelegates(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, a := kept(t, c.networks, map[string]string{"lan-c1-net1": c.lan, "data-c1-data0": entry("data", "data0", dataResult)})
-			all, err := a.Delegates()
+			all, err := a.Delegates(t.TempDir())
 			if len(all) != c.others {
 				t.Errorf("%d networks, want %d: %+v", len(all), c.others, all)
 			}
@@ -106,18 +106,18 @@ func TestDelegatesWithoutFiles(t *testing.T) {
 	if err := unix.Mkfifo(filepath.Join(dir, "results", "lan-c1-net1"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	all, err := a.Delegates()
+	all, err := a.Delegates(t.TempDir())
 	if len(all) != 0 || err == nil || !strings.Contains(err.Error(), "regular file") || !strings.Contains(err.Error(), "no such file") {
 		t.Errorf("%+v, %v", all, err)
 	}
 	if err := os.Remove(filepath.Join(dir, "c1")); err != nil {
 		t.Fatal(err)
 	}
-	if all, err := a.Delegates(); len(all) != 0 || err == nil {
+	if all, err := a.Delegates(t.TempDir()); len(all) != 0 || err == nil {
 		t.Errorf("%+v, %v", all, err)
 	}
 	a.ContainerID = "../c1"
-	if _, err := a.Delegates(); err == nil || !strings.Contains(err.Error(), "container ID") {
+	if _, err := a.Delegates(t.TempDir()); err == nil || !strings.Contains(err.Error(), "container ID") {
 		t.Error(err)
 	}
 }

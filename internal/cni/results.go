@@ -19,9 +19,11 @@ import (
 type Added struct {
 	Network        string
 	IfName         string
-	Device         string // as of Attachment.Device
+	Device         Device // as of Attachment.Device
 	Result         *types100.Result
 	CapabilityArgs map[string]any
+
+	given Attachment // as far as the cache has it
 }
 
 // Bounds of another runtime's cache. A pod has a file for each network.
@@ -33,8 +35,8 @@ const (
 // AddedBy gives what the cache in dir (libcni's own is /var/lib/cni) holds for a container and the namespace at netns: the
 // loopback left out, eth0 first, the others by name, as a pod's first network is made as eth0. A file is known by its
 // content, not its name. Files of others do not matter, however broken; one that is not there any more neither. No
-// directory means no results.
-func AddedBy(dir, containerID, netns string) ([]Added, error) {
+// directory means no results. infos is where device info is, DeviceInfoDir.
+func AddedBy(dir, containerID, netns, infos string) ([]Added, error) {
 	entries, err := os.ReadDir(filepath.Join(dir, "results"))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
@@ -56,6 +58,7 @@ func AddedBy(dir, containerID, netns string) ([]Added, error) {
 			return nil, fmt.Errorf("read the result of CNI in %s: %w", path, err)
 		}
 		if mine && a.IfName != "lo" {
+			a.Device = a.given.Device(infos)
 			all = append(all, a)
 		}
 	}
@@ -128,8 +131,8 @@ func readAdded(path, containerID, netns string) (a Added, mine bool, err error) 
 	if result, err = create.Create(cmp.Or(version.CNIVersion, "0.1.0"), c.Result); err != nil {
 		return a, true, err
 	}
-	given := Attachment{Network: cached(c.Config), CapabilityArgs: c.CapabilityArgs}
-	a = Added{Network: c.NetworkName, IfName: c.IfName, Device: given.Device(), CapabilityArgs: c.CapabilityArgs}
+	a = Added{Network: c.NetworkName, IfName: c.IfName, CapabilityArgs: c.CapabilityArgs}
+	a.given = Attachment{Network: cached(c.Config), ContainerID: containerID, IfName: c.IfName, CapabilityArgs: c.CapabilityArgs}
 	a.Result, err = types100.NewResultFromResult(result)
 	return a, true, err
 }

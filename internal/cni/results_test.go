@@ -47,7 +47,7 @@ func TestAddedBy(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			all, err := AddedBy(dir, id, ns)
+			all, err := AddedBy(dir, id, ns, t.TempDir())
 			if (err == nil) != (tt.err == "") || err != nil && !strings.Contains(err.Error(), tt.err) {
 				t.Fatalf("error %v, want %q", err, tt.err)
 			}

@@ -17,8 +17,11 @@ type Attachment struct {
 	Network string           // CNI network name
 	Plugin  string           // type of the network's first plugin, which makes the interface; "" where unknown
 	IfName  string           // CNI_IFNAME of the ADD: eth0
-	Device  string           // PCI address that the network was given (deviceID), as a device plugin chose it; "": none
+	Device  string           // PCI address of the device that the network was given, or made its interface of; "": none is known
 	Result  *types100.Result // of version 1.x, converted if need be; nil where only the namespace is known
+	// DeviceType is what device info calls the device: pci, vdpa, vhost-user, memif. "": nothing calls it anything.
+	DeviceType string
+	DeviceNote string // for the user: what of all that tells of the device could not be used
 }
 
 // MaxTapMTU is the largest MTU that a TAP takes, in bytes: the kernel's tun driver allows a frame of 65535 bytes
@@ -116,6 +119,9 @@ func newPlanner(snap Snapshot) *planner {
 }
 
 func (p *planner) plan(as []Attachment) ([]NIC, error) {
+	if err := p.devices(as); err != nil {
+		return nil, err
+	}
 	p.detached(as)
 	if err := p.arrange(as); err != nil {
 		return nil, err

@@ -65,7 +65,7 @@ func load(t testing.TB, file string) (Recording, []Attachment) {
 	}
 	var as []Attachment
 	for _, a := range r.Attachments {
-		as = append(as, Attachment{Network: a.Network, IfName: a.IfName, Device: a.Device, Result: result(t, string(a.Result))})
+		as = append(as, Attachment{Network: a.Network, IfName: a.IfName, Device: a.Device, DeviceType: a.Type, Result: result(t, string(a.Result))})
 	}
 	return r, as
 }

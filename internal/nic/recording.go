@@ -25,7 +25,8 @@ type Recording struct {
 type Answer struct {
 	Network string          `json:"network"`
 	IfName  string          `json:"ifName"`
-	Device  string          `json:"device,omitempty"`  // as of Attachment
+	Device  string          `json:"device,omitempty"` // as of Attachment
+	Type    string          `json:"deviceType,omitempty"`
 	Plugins []string        `json:"plugins,omitempty"` // their types, in the order of the chain
 	Result  json.RawMessage `json:"result,omitempty"`  // as the last plugin printed it, of any CNI version; left out where only the namespace is known
 }

@@ -1,6 +1,7 @@
 package nic
 
 import (
+	"fmt"
 	"regexp"
 	"slices"
 )
@@ -65,6 +66,20 @@ func (a *Attachment) devices() []device {
 		}
 	}
 	return all
+}
+
+// devices refuses what no guest can be given, by the name that device info has for it, and tells what was of no use.
+func (p *planner) devices(as []Attachment) error {
+	for _, a := range as {
+		if a.DeviceNote != "" {
+			p.note("network %s: what tells of the device of interface %s is not used: %s", quote(a.Network), quote(a.IfName), a.DeviceNote)
+		}
+		if a.DeviceType != "" && a.DeviceType != busPCI {
+			return fmt.Errorf("network %s: interface %s is of type %s, as its device info says, which no guest can be joined to: give the pod a virtual function (a pool of the device plugin of deviceType netdevice or vfio-pci, without vdpaType), or a network that makes a veth or a macvlan",
+				quote(a.Network), quote(a.IfName), quote(a.DeviceType))
+		}
+	}
+	return nil
 }
 
 // detached stands a link for every function that an attachment names, and that has none as it is with VFIO already: the

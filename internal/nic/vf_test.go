@@ -93,6 +93,30 @@ func TestPlanVFs(t *testing.T) {
 			notes: []string{"MTU of 1500"},
 		}, []VF{detached}, "02:00:00:00:01:00"},
 		{row{
+			name: "Intel's first, for DPDK: it answers null, as is known of the device alone", as: []Attachment{bridge, {Network: "sriov", IfName: "net1", Device: bdf}},
+			links: []Link{eth0},
+			want:  eth0Line + "net1@sriov 1500:; vf 0000:01:10.0",
+			notes: []string{"MTU of 1500"},
+		}, []VF{detached}, "02:00:00:00:01:00"},
+		{row{
+			name: "Intel's first, for DPDK, as a cache has null", as: []Attachment{given(old("0.2.0", `{"dns":{}}`), bdf)},
+			want:  "net1@sriov 1500:; vf 0000:01:10.0",
+			notes: []string{"MTU of 1500"},
+		}, []VF{detached}, "02:00:00:00:01:00"},
+		{row{
+			name: "by device info, with something that could not be used", as: []Attachment{{Network: "sriov", IfName: "net1", Device: bdf, DeviceType: "pci", DeviceNote: "x is no PCI address", Result: cni(t, "sriov", "net1", `{"interfaces":[{"name":"net1","mtu":1500,"sandbox":"/n"}]}`).Result}},
+			want:  "net1@sriov 1500:; vf 0000:01:10.0",
+			notes: []string{"x is no PCI address"},
+		}, []VF{detached}, "02:00:00:00:01:00"},
+		{row{
+			name: "device info calls it vdpa", as: []Attachment{bridge, {Network: "sriov", IfName: "net1", Device: bdf, DeviceType: "vdpa"}},
+			links: []Link{eth0}, err: `interface "net1" is of type "vdpa", as its device info says`,
+		}, []VF{detached}, ""},
+		{row{
+			name: "device info calls it vhost-user", as: []Attachment{{Network: "fast", IfName: "net1", DeviceType: "vhost-user"}},
+			links: []Link{port("net1", 9, bdf)}, err: `"vhost-user", as its device info says`,
+		}, []VF{withDriver}, ""},
+		{row{
 			name: "a device that is not with VFIO, and in no namespace of the pod", as: []Attachment{given(cni(t, "sriov", "net1", `{"interfaces":[{"name":"net1","sandbox":"/n"}]}`), bdf)},
 			links: []Link{eth0}, err: `names interface "net1" in the pod, but its namespace has no such link`,
 		}, []VF{withDriver}, ""},

@@ -190,6 +190,20 @@ func (s FS) Netdev(bdf string) (string, error) {
 	return "", nil
 }
 
+// Virtual gives the address of a VF by the network device of its PF, of those that the reader's sysfs shows, and its number
+// there. The error of one that is not there is [fs.ErrNotExist].
+func (s FS) Virtual(netdev string, number int) (string, error) {
+	fail := func(err error) (string, error) { return "", fmt.Errorf("find VF %d of %q: %w", number, netdev, err) }
+	if netdev == "" || netdev == "." || netdev == ".." || strings.ContainsAny(netdev, "/\x00") {
+		return fail(errors.New("that is no name of a network device"))
+	}
+	to, err := os.Readlink(s.path("sys/class/net", netdev, "device", fmt.Sprintf("virtfn%d", number)))
+	if err != nil {
+		return fail(err)
+	}
+	return filepath.Base(to), nil
+}
+
 // HasDriver says whether the kernel has a PCI driver of that name now; it may have a module of it that is not loaded.
 func (s FS) HasDriver(name string) bool {
 	_, err := os.Stat(s.path(drivers, name))

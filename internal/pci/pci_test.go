@@ -267,3 +267,28 @@ func TestNodes(t *testing.T) {
 		t.Errorf("a kernel with iommufd: %+v", n)
 	}
 }
+
+func TestVirtual(t *testing.T) {
+	m := machine(t)
+	for _, tt := range []struct {
+		pf     string
+		number int
+		want   string // an address, or part of the error
+	}{
+		{"enp1s0", 1, "0000:01:10.2"},
+		{"eno2", 11, "0000:05:13.7"},
+		{"ens1f0", 1, "10000:81:02.1"},
+		{"enp1s0", 2, "no such file"},
+		{"eth7", 0, "no such file"},
+		{"../../bus/pci/devices/0000:01:00.0/net/enp1s0", 0, "no name"},
+		{"..", 0, "no name"},
+	} {
+		got, err := m.FS.Virtual(tt.pf, tt.number)
+		if err != nil {
+			got = err.Error()
+		}
+		if got != tt.want && (err == nil || !strings.Contains(got, tt.want)) {
+			t.Errorf("VF %d of %s: %s, want %s", tt.number, tt.pf, got, tt.want)
+		}
+	}
+}

@@ -74,6 +74,9 @@ func Functions(bdfs []string) ([]nic.VF, error) {
 	return m.functions(bdfs)
 }
 
+// Virtual gives the PCI address of a VF by the network device of its PF on the node, and its number there.
+func Virtual(pf string, number int) (string, error) { return pci.FS{}.Virtual(pf, number) }
+
 func (m *machine) functions(bdfs []string) ([]nic.VF, error) {
 	var all []nic.VF
 	for _, bdf := range bdfs {

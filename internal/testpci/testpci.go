@@ -152,6 +152,8 @@ func (m *Tree) bind(bdf, driver string) {
 	case driver == d.Driver:
 		for _, n := range d.Net {
 			m.file(dir+"/net/"+n.Name+"/phys_port_name", n.Port)
+			m.link("../..", dir+"/net/"+n.Name+"/device")
+			m.again("../../bus/pci/devices/"+bdf+"/net/"+n.Name, "sys/class/net/"+n.Name)
 		}
 	}
 	m.Bound(bdf, driver)
@@ -183,6 +185,15 @@ func (m *Tree) file(name, text string) {
 	if err := os.WriteFile(at, []byte(text+"\n"), 0o600); err != nil {
 		m.t.Fatal(err)
 	}
+}
+
+// again is link of what may be there.
+func (m *Tree) again(to, name string) {
+	m.t.Helper()
+	if err := os.Remove(m.at(name)); err != nil && !os.IsNotExist(err) {
+		m.t.Fatal(err)
+	}
+	m.link(to, name)
 }
 
 func (m *Tree) link(to, name string) {

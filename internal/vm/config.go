@@ -32,9 +32,11 @@ type Config struct {
 	Append string `json:"append,omitempty"`
 
 	// Networks are attached in this order. Start fills in ContainerID and NetNS.
-	Networks   []cni.Attachment `json:"networks,omitempty"`
-	Plugins    Plugins          `json:"plugins,omitzero"`
-	CNITimeout time.Duration    `json:"cniTimeout,omitempty"` // of one ADD; 0: 60 s
+	Networks []cni.Attachment `json:"networks,omitempty"`
+	Plugins  Plugins          `json:"plugins,omitzero"`
+	// DeviceInfos is the directory of device info by the Network Plumbing Working Group; "": the usual one.
+	DeviceInfos string        `json:"deviceInfos,omitempty"`
+	CNITimeout  time.Duration `json:"cniTimeout,omitempty"` // of one ADD; 0: 60 s
 
 	// NetNS is the path of a namespace that somebody else has configured and keeps: no ADD and no DEL then.
 	NetNS   string           `json:"netns,omitempty"`

@@ -97,7 +97,8 @@ func (v *VM) add(ctx context.Context, a *cni.Attachment) (string, error) {
 		}
 		return "", errors.Join(err, v.record(func(j *Journal) { j.Attachments = j.Attachments[:len(j.Attachments)-1] }))
 	}
-	v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: a.Name, Plugin: a.Plugin, IfName: a.IfName, Device: a.Device(), Result: result})
+	r := withDevice(nic.Attachment{Network: a.Name, Plugin: a.Plugin, IfName: a.IfName, Result: result}, a.Device(v.cfg.deviceInfos()))
+	v.cfg.Results = append(v.cfg.Results, r)
 	v.delegates(a)
 	var ips []string
 	for _, ip := range result.IPs {
@@ -109,13 +110,31 @@ func (v *VM) add(ctx context.Context, a *cni.Attachment) (string, error) {
 // delegates adds what the networks have answered that Multus attached and kept to itself. The namespace tells all but their
 // order, names and DNS, so an error is no more than a note.
 func (v *VM) delegates(a *cni.Attachment) {
-	all, err := a.Delegates()
+	all, err := a.Delegates(v.cfg.deviceInfos())
 	if err != nil {
 		v.note(fmt.Sprintf("what Multus attached beside its default network is known by the namespace alone, without name servers: %v", err))
 	}
 	for _, d := range all {
-		v.cfg.Results = append(v.cfg.Results, nic.Attachment{Network: d.Network, IfName: d.IfName, Device: d.Device, Result: d.Result})
+		v.cfg.Results = append(v.cfg.Results, withDevice(nic.Attachment{Network: d.Network, IfName: d.IfName, Result: d.Result}, d.Device))
 	}
+}
+
+// deviceInfos is where device plugins and CNI plugins tell of devices.
+func (c *Config) deviceInfos() string { return cmp.Or(c.DeviceInfos, cni.DeviceInfoDir) }
+
+// withDevice adds what is known of the device of a network's interface.
+func withDevice(a nic.Attachment, d cni.Device) nic.Attachment {
+	if d.Address == "" && d.PF != "" {
+		var err error
+		if d.Address, err = podnet.Virtual(d.PF, d.VF); err != nil && !errors.Is(err, os.ErrNotExist) {
+			d.Err = errors.Join(d.Err, err)
+		}
+	}
+	a.Device, a.DeviceType = d.Address, d.Type
+	if d.Err != nil {
+		a.DeviceNote = strings.ReplaceAll(d.Err.Error(), "\n", "; ")
+	}
+	return a
 }
 
 // nodeLinks writes down which links of the node the plugins have made for this VM, to look for them after DEL.

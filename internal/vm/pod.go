@@ -17,13 +17,13 @@ const podAnnotations = "io.kubernetes.cri.pod-annotations"
 // FindResults completes c with what libcni's cache in dir knows of a pod's namespace, c.NetNS, and gives the pod's
 // annotations as its networks were told. Without results, and where no runtime keeps any, the namespace alone has to do.
 func (c *Config) FindResults(dir, podID string) (annotations map[string]string, err error) {
-	all, err := cni.AddedBy(dir, podID, c.NetNS)
+	all, err := cni.AddedBy(dir, podID, c.NetNS, c.deviceInfos())
 	if err != nil {
 		return nil, err
 	}
 	annotations = map[string]string{}
 	for _, a := range all {
-		c.Results = append(c.Results, nic.Attachment{Network: a.Network, IfName: a.IfName, Device: a.Device, Result: a.Result})
+		c.Results = append(c.Results, withDevice(nic.Attachment{Network: a.Network, IfName: a.IfName, Result: a.Result}, a.Device))
 		told, _ := a.CapabilityArgs[podAnnotations].(map[string]any)
 		for k, v := range told {
 			if s, ok := v.(string); ok {

@@ -27,7 +27,7 @@ func (v *VM) keepRecording(snap nic.Snapshot, nics []nic.NIC, notes []string) er
 	}
 	var types []string
 	for _, a := range v.cfg.Results {
-		answer := nic.Answer{Network: a.Network, IfName: a.IfName, Device: a.Device}
+		answer := nic.Answer{Network: a.Network, IfName: a.IfName, Device: a.Device, Type: a.DeviceType}
 		// Of what Multus attached by itself no more than the result is known.
 		i := slices.IndexFunc(v.cfg.Networks, func(n cni.Attachment) bool { return n.Name == a.Network && n.IfName == a.IfName })
 		if i >= 0 {

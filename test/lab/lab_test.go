@@ -113,7 +113,7 @@ func (n *node) tryPod(t *testing.T, r request) (*pod, error) {
 			return p, err
 		}
 		p.attachments = append(p.attachments, a)
-		more, err := a.Delegates()
+		more, err := a.Delegates(cni.DeviceInfoDir)
 		if err != nil {
 			return p, err
 		}
