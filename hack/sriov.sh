@@ -5,7 +5,10 @@
 #
 #	qemu       starts QEMU with its own libraries
 #	vmlinuz    kernel
+#	modules    the kernel's modules, as below /lib/modules
 #	guest      initramfs of the guest in it: a shell on the serial console, with the prompt "guest# "
+#	system     initramfs of a guest with a whole system on its first disk's first partition, whose own kernel may lack the
+#	           driver of the card: it brings what that system needs, and goes on to it
 #	initrd     loads the modules, joins the host's root (9p, read-only) and an overlay in memory, runs /share/run
 set -euo pipefail
 self=$(sha256sum <"$0" | cut -c1-12)
@@ -59,10 +62,10 @@ cp kernel/boot/vmlinuz-* vmlinuz
 
 # The modules that are wanted in level 1, with what they need, in the order of loading.
 modules=$(echo kernel/usr/lib/modules/*)
-wanted=(virtio_pci virtio_net 9pnet_virtio 9p overlay igb igbvf vfio_pci vfio_iommu_type1 8021q veth bridge tun
+wanted=(virtio_pci virtio_net 9pnet_virtio 9p overlay igb igbvf e1000e vfio_pci vfio_iommu_type1 8021q veth bridge tun
 	nf_tables nft_fwd_netdev vhost_net macvlan ipvlan dummy af_packet kvm_amd loop xt_comment
 	xt_MASQUERADE nft_masq nft_ct nft_nat nft_compat nft_chain_nat iptable_nat iptable_filter xt_conntrack xt_addrtype)
-mkdir -p init/bin init/modules guest-init/bin guest-init/modules
+mkdir -p init/bin init/modules guest-init/bin guest-init/modules system-init/bin system-init/modules
 kmod() { root/usr/lib64/ld-linux-x86-64.so.2 --library-path root/usr/lib/x86_64-linux-gnu --argv0 "$1" root/usr/bin/kmod "${@:2}"; }
 kmod depmod -b "$PWD/kernel/usr" "$(basename "$modules")"
 gather() { # directory, modules
@@ -78,7 +81,9 @@ gather() { # directory, modules
 }
 pack() { (cd "$1" && find . | busybox cpio -o -H newc 2>/dev/null) >"$2"; }
 gather init "${wanted[@]}"
-gather guest-init virtio_pci virtio_net igbvf af_packet button
+gather guest-init virtio_pci virtio_net igbvf e1000e af_packet button
+# isofs, sr_mod and the controllers are for the seed.
+gather system-init virtio_pci virtio_blk virtio_scsi ahci sr_mod isofs ext4 virtio_net igbvf af_packet button
 cat >init/init <<'END'
 #!/bin/busybox sh
 export PATH=/bin
@@ -113,10 +118,26 @@ while read -r m; do insmod "/modules/$m"; done </modules/order
 export PS1='guest# '
 while true; do setsid cttyhack sh; done
 END
-chmod 0755 init/init guest-init/init
+cat >system-init/init <<'END'
+#!/bin/busybox sh
+export PATH=/bin
+/bin/busybox --install -s /bin
+mkdir -p /dev /proc /sys /new
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+while read -r m; do insmod "/modules/$m"; done </modules/order
+for i in $(seq 100); do [ -b /dev/vda1 ] && break; sleep 0.1; done
+mount -t ext4 -o rw /dev/vda1 /new || exec sh
+for d in dev proc sys; do mount --move /$d /new/$d; done
+exec switch_root /new /sbin/init
+END
+chmod 0755 init/init guest-init/init system-init/init
 pack init initrd
 pack guest-init guest
-rm -rf init guest-init kernel
+pack system-init system
+mv kernel/usr/lib/modules modules
+rm -rf init guest-init system-init kernel
 
 mv -T "$new" "$out" 2>/dev/null || [ -d "$out" ] # somebody else was faster
 trap - EXIT

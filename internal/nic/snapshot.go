@@ -31,6 +31,8 @@ type Link struct {
 	MAC  MAC    `json:"mac"`
 	MTU  int    `json:"mtu"`
 	Up   bool   `json:"up"`
+	// Alias is ip-link(8)'s. host-device keeps there what a device was called on the node, and needs it for its DEL.
+	Alias string `json:"alias,omitempty"`
 
 	AllMulti   bool `json:"allMulti,omitempty"`   // it takes every multicast frame: somebody set IFF_ALLMULTI
 	MultiQueue bool `json:"multiQueue,omitempty"` // of a TAP: it takes several queues, and no other descriptor

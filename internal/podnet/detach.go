@@ -143,6 +143,7 @@ func (k *kernel) restore(want, is *nic.Link) error {
 	try(is.Master != want.Master && is.Master != "", "leave bridge", func() error { return k.h.LinkSetNoMaster(link) })
 	try(is.MAC != want.MAC, "set MAC", func() error { return k.h.LinkSetHardwareAddr(link, want.MAC.HardwareAddr()) })
 	try(is.MTU != want.MTU, "set MTU", func() error { return k.h.LinkSetMTU(link, want.MTU) })
+	try(is.Alias != want.Alias, "set alias", func() error { return k.h.LinkSetAlias(link, want.Alias) })
 	try(is.AllMulti && !want.AllMulti, "leave multicast groups", func() error { return k.h.LinkSetAllmulticastOff(link) })
 	try(true, "set sysctls", func() error { return writeSysctls(want.Sysctls) })
 	try(is.Up && !want.Up, "set down", func() error { return k.h.LinkSetDown(link) })

@@ -54,7 +54,7 @@ func snapshot(ns *netns.NS, links []netlink.Link, addrs []netlink.Addr, routes [
 			continue
 		}
 		link := nic.Link{
-			Name: a.Name, Index: a.Index, Kind: kind(l), MTU: a.MTU, Up: a.RawFlags&unix.IFF_UP != 0,
+			Name: a.Name, Index: a.Index, Kind: kind(l), MTU: a.MTU, Up: a.RawFlags&unix.IFF_UP != 0, Alias: a.Alias,
 			AllMulti: a.RawFlags&unix.IFF_ALLMULTI != 0, Master: names[a.MasterIndex], ParentBus: a.ParentDevBus, ParentDev: a.ParentDev,
 		}
 		if len(a.HardwareAddr) == len(link.MAC) {

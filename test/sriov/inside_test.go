@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -30,27 +31,60 @@ const (
 // inside is level 1.
 type inside struct {
 	*testing.T
-	pf   string
-	dir  string
-	boot []string
+	pf    string   // the card's network device
+	lab   string   // the lab's directory
+	dir   string   // of networks
+	net   []string // flags that say so
+	boot  []string // a small guest's
+	flags []string // of every command
 }
 
-// TestInside is the lab itself, in level 1.
-func TestInside(t *testing.T) {
+// newInside prepares level 1 after its boot.
+func newInside(t *testing.T, part string) *inside {
 	lab := os.Getenv(insideEnv)
-	if lab == "" {
+	if lab == "" || os.Getenv(partEnv) != part {
 		t.Skip("it runs in the lab's machine alone")
 	}
-	l := &inside{T: t, dir: t.TempDir()}
-	l.boot = []string{
+	l := &inside{T: t, lab: lab, dir: t.TempDir()}
+	l.net = []string{"--cni-conf-dir", l.dir, "--cni-bin-dir", l.dir, "--cni-bin-dir", os.Getenv("VIRTLET_CNI_BIN")}
+	l.boot = append([]string{
 		"--kernel", filepath.Join(lab, "vmlinuz"), "--initrd", filepath.Join(lab, "guest"), "--append", "console=ttyS0 quiet no_timer_check panic=-1",
-		"--memory", "256M", "--cni-conf-dir", l.dir, "--cni-bin-dir", l.dir, "--cni-bin-dir", os.Getenv("VIRTLET_CNI_BIN"),
-	}
+		"--memory", "256M",
+	}, l.net...)
 	l.prepare()
-	t.Run("Check", func(t *testing.T) { l.T = t; l.check() })
-	t.Run("Guest", func(t *testing.T) { l.T = t; l.guest() })
-	t.Run("Killed", func(t *testing.T) { l.T = t; l.killed() })
-	t.Run("Mixed", func(t *testing.T) { l.T = t; l.mixed() })
+	return l
+}
+
+// TestInside is the lab itself, in level 1. It ends with VMs that run, for level 1 to be killed.
+func TestInside(t *testing.T) {
+	l := newInside(t, firstBoot)
+	for _, part := range []struct {
+		name string
+		run  func()
+	}{
+		{"Check", l.check},
+		{"Guest", l.guest},
+		{"Killed", l.killed},
+		{"QEMUKilled", l.qemuKilled},
+		{"Mixed", l.mixed},
+		{"Pool", l.pool},
+		{"Physical", l.physical},
+		{"Node", l.node},
+		{"Datapath", l.datapath},
+		{"CloudInit", l.cloudInit},
+		{"BeforeReboot", l.beforeReboot},
+	} {
+		t.Run(part.name, func(t *testing.T) {
+			l.T = t
+			part.run()
+		})
+	}
+}
+
+// TestInsideAgain is what comes after the crash of level 1, whose state is there still.
+func TestInsideAgain(t *testing.T) {
+	l := newInside(t, secondBoot)
+	l.afterReboot()
 }
 
 func (l *inside) sh(format string, a ...any) string {
@@ -59,12 +93,12 @@ func (l *inside) sh(format string, a ...any) string {
 }
 
 func (l *inside) command(args ...string) *exec.Cmd {
-	return exec.Command(os.Getenv("VIRTLET_BIN"), args...)
+	return exec.Command(os.Getenv("VIRTLET_BIN"), append(slices.Clone(l.flags), args...)...)
 }
 
 func (l *inside) virtlet(args ...string) string {
 	l.Helper()
-	return run(l.T, os.Getenv("VIRTLET_BIN"), args...)
+	return run(l.T, os.Getenv("VIRTLET_BIN"), append(slices.Clone(l.flags), args...)...)
 }
 
 func (l *inside) state(name string) (st vm.State) {
@@ -78,7 +112,7 @@ func (l *inside) state(name string) (st vm.State) {
 // until waits for what comes by itself.
 func (l *inside) until(what string, ok func() bool) {
 	l.Helper()
-	for end := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(100 * time.Millisecond) {
+	for end := time.Now().Add(5 * time.Minute); !ok(); time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(end) {
 			l.Fatal("waited too long: ", what)
 		}
@@ -108,15 +142,21 @@ ip -n world addr add 192.0.2.1/24 dev w.100; ip -n world addr add 198.51.100.1/2
 	if err != nil {
 		l.Fatal(err)
 	}
-	for name, c := range map[string]pluginConf{
-		"blue": {DeviceID: blueVF, VLAN: 100, MAC: blueMAC, Address: "192.0.2.10/24"},
-		"red":  {DeviceID: redVF, VLAN: 200, MAC: redMAC, Address: "198.51.100.10/24"},
+	for name, c := range map[string]string{
+		"blue": fmt.Sprintf(`"type":"standin","deviceID":%q,"vlan":100,"mac":%q,"address":"192.0.2.10/24","gateway":"192.0.2.1"`, blueVF, blueMAC),
+		"red":  fmt.Sprintf(`"type":"standin","deviceID":%q,"vlan":200,"mac":%q,"address":"198.51.100.10/24"`, redVF, redMAC),
+		"pool": fmt.Sprintf(`"type":"standin","pool":%q,"vlan":200,"mac":%q,"address":"198.51.100.10/24"`, redVF, redMAC),
 	} {
-		conf := fmt.Sprintf(`{"cniVersion":"1.0.0","name":%q,"plugins":[{"type":"standin","deviceID":%q,"vlan":%d,"mac":%q,"address":%q}]}`,
-			name, c.DeviceID, c.VLAN, c.MAC, c.Address)
-		if err := os.WriteFile(filepath.Join(l.dir, name+".conflist"), []byte(conf), 0o600); err != nil {
-			l.Fatal(err)
-		}
+		l.network(name, "{"+c+"}")
+	}
+}
+
+// network configures one, of one plugin.
+func (l *inside) network(name, plugin string) {
+	l.Helper()
+	conf := fmt.Sprintf(`{"cniVersion":"1.0.0","name":%q,"plugins":[%s]}`, name, plugin)
+	if err := os.WriteFile(filepath.Join(l.dir, name+".conflist"), []byte(conf), 0o600); err != nil {
+		l.Fatal(err)
 	}
 }
 

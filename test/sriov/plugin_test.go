@@ -12,14 +12,21 @@ import (
 // pluginConf is what the plugin takes, as the SR-IOV CNI plugin does, with one address in the place of an IPAM plugin.
 type pluginConf struct {
 	Version  string `json:"cniVersion"`
-	DeviceID string `json:"deviceID"`
-	VLAN     int    `json:"vlan"`
-	MAC      string `json:"mac"`
-	Address  string `json:"address"`
+	Name     string `json:"name"`
+	DeviceID string `json:"deviceID,omitempty"`
+	// Pool is a VF as a device plugin's pool for VFIO has it. The plugin leaves it there, and tells of it by device info alone.
+	Pool    string `json:"pool,omitempty"`
+	VLAN    int    `json:"vlan"`
+	MAC     string `json:"mac"`
+	Address string `json:"address"`
+	Gateway string `json:"gateway"` // of the route that it makes, which is on the link without
 }
 
 // seenAtDel is where the plugin writes what DEL has found.
 const seenAtDel = "/run/seen-"
+
+// infoDir is where CNI plugins tell of devices (the Device Information Specification of the Network Plumbing Working Group).
+const infoDir = "/var/run/k8s.cni.cncf.io/devinfo/cni"
 
 // bePlugin stands in for the SR-IOV CNI plugin: it sets MAC and VLAN at the PF, moves the VF's device into the namespace,
 // and answers as that one does (its results were recorded). DEL finds the device there, or fails, as that one does.
@@ -43,7 +50,7 @@ func bePlugin() int {
 		}
 		return strings.TrimSpace(string(out)), nil
 	}
-	dir := "/sys/bus/pci/devices/" + c.DeviceID
+	dir := "/sys/bus/pci/devices/" + c.DeviceID + c.Pool
 	pf, err := do("ls " + dir + "/physfn/net")
 	if err != nil {
 		return fail(err)
@@ -61,8 +68,42 @@ func bePlugin() int {
 		}
 		return nil
 	}
+	result := func(mac string, mtu int) int {
+		face := map[string]any{"name": name, "sandbox": os.Getenv("CNI_NETNS")}
+		if mac != "" {
+			face["mac"], face["mtu"] = mac, mtu
+		}
+		json.NewEncoder(os.Stdout).Encode(map[string]any{
+			"cniVersion": "1.0.0", "interfaces": []any{face}, "ips": []any{map[string]any{"address": c.Address, "interface": 0}},
+		})
+		return 0
+	}
+	if c.Pool != "" {
+		// By the name that Multus tells plugins.
+		info := filepath.Join(infoDir, fmt.Sprintf("%s-%s_%s", c.Name, os.Getenv("CNI_CONTAINERID"), name))
+		if os.Getenv("CNI_COMMAND") == "DEL" {
+			err := all(fmt.Sprintf("rm -f %s; ip link set %s vf %s vlan 0 mac 00:00:00:00:00:00", info, pf, number))
+			if err != nil {
+				return fail(err)
+			}
+			return 0
+		}
+		told := fmt.Sprintf(`{"type":"pci","version":"1.1.0","pci":{"pci-address":"%s","pf-pci-address":"%s"}}`, c.Pool, pfAddr)
+		err := all(
+			fmt.Sprintf("ip link set %s vf %s mac %s vlan %d", pf, number, c.MAC, c.VLAN),
+			fmt.Sprintf("mkdir -p %s; echo '%s' >%s", infoDir, told, info),
+		)
+		if err != nil {
+			return fail(err)
+		}
+		return result("", 0)
+	}
 	switch os.Getenv("CNI_COMMAND") {
 	case "ADD":
+		way := "scope link"
+		if c.Gateway != "" {
+			way = "via " + c.Gateway
+		}
 		dev, err := do("ls " + dir + "/net")
 		if err != nil {
 			return fail(err)
@@ -74,16 +115,12 @@ func bePlugin() int {
 			fmt.Sprintf("ip link set %s netns %s name %s", dev, ns, name),
 			fmt.Sprintf("ip -n %s addr add %s dev %s", ns, c.Address, name),
 			fmt.Sprintf("ip -n %s link set %s mtu 1400 up", ns, name),
-			fmt.Sprintf("ip -n %s route add 198.18.0.0/24 dev %s scope link metric 10%s", ns, name, number),
+			fmt.Sprintf("ip -n %s route add 198.18.0.0/24 dev %s %s metric 10%s", ns, name, way, number),
 		)
 		if err != nil {
 			return fail(err)
 		}
-		json.NewEncoder(os.Stdout).Encode(map[string]any{
-			"cniVersion": "1.0.0",
-			"interfaces": []any{map[string]any{"name": name, "mac": c.MAC, "mtu": 1400, "sandbox": os.Getenv("CNI_NETNS")}},
-			"ips":        []any{map[string]any{"address": c.Address, "interface": 0}},
-		})
+		return result(c.MAC, 1400)
 	case "DEL":
 		if _, err := do("ls -d " + dir + "/net/*"); err == nil {
 			return 0 // on the node: ADD has failed
