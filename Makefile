@@ -55,7 +55,7 @@ lab-%: setup build plugins ## run the lab of one CNI plugin: make lab-flannel
 	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh lab -v -run '(?i)^Test$*'
 
 lab-sriov: setup build plugins ## give VFs of an emulated SR-IOV card to guests: 4 GB of memory, some minutes
-	@CGO_ENABLED=0 VIRTLET_LAB_SRIOV=1 go test -count=1 -timeout 12m -v ./test/sriov
+	@CGO_ENABLED=0 VIRTLET_LAB_SRIOV=1 go test -count=1 -timeout 22m -v ./test/sriov
 
 lint: ## run the checks without the tests
 	@hack/lint.sh

@@ -228,6 +228,23 @@ func TestDetachRestoresRoutesWithASource(t *testing.T) {
 	}
 }
 
+// The device that a driver makes of a function that is given back has no alias, where host-device keeps its name on the node.
+func TestDetachRestoresTheAlias(t *testing.T) {
+	t.Parallel()
+	pod, _ := addPod(t, testnet.NewNode(t, gw4, gw6), dualStack())
+	pod.MustRun("ip", "link", "set", "eth0", "alias", "enp1s0f1")
+	quiet(t, pod)
+	a := attach(t, pod, Options{})
+	pod.MustRun("ip", "link", "set", "eth0", "alias", "")
+	if err := Detach(pod.NS, a.rec); err != nil {
+		t.Fatal(err)
+	}
+	quiet(t, pod)
+	if diff := changed(t, pod, a.before); diff != "" || !strings.Contains(pod.MustRun("ip", "link", "show", "eth0"), "alias enp1s0f1") {
+		t.Errorf("-before +after:\n%s", diff)
+	}
+}
+
 // Next hops that are not one gateway of the route's own family are seen as what they are.
 func TestObserveNextHops(t *testing.T) {
 	t.Parallel()

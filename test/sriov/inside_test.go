@@ -45,7 +45,10 @@ func newInside(t *testing.T, part string) *inside {
 	if lab == "" || os.Getenv(partEnv) != part {
 		t.Skip("it runs in the lab's machine alone")
 	}
-	l := &inside{T: t, lab: lab, dir: t.TempDir()}
+	l := &inside{T: t, lab: lab, dir: "/run/networks"} // the same after a reboot: DEL wants the plugin where it was
+	if err := os.Mkdir(l.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	l.net = []string{"--cni-conf-dir", l.dir, "--cni-bin-dir", l.dir, "--cni-bin-dir", os.Getenv("VIRTLET_CNI_BIN")}
 	l.boot = append([]string{
 		"--kernel", filepath.Join(lab, "vmlinuz"), "--initrd", filepath.Join(lab, "guest"), "--append", "console=ttyS0 quiet no_timer_check panic=-1",
@@ -109,10 +112,11 @@ func (l *inside) state(name string) (st vm.State) {
 	return st
 }
 
-// until waits for what comes by itself.
+// until waits for what comes by itself, as long as there is time for all of the lab: its machine may be a busy one.
 func (l *inside) until(what string, ok func() bool) {
 	l.Helper()
-	for end := time.Now().Add(5 * time.Minute); !ok(); time.Sleep(100 * time.Millisecond) {
+	end, _ := l.Deadline()
+	for end = end.Add(-30 * time.Second); !ok(); time.Sleep(time.Second / 2) { // a look costs the guests processor time
 		if time.Now().After(end) {
 			l.Fatal("waited too long: ", what)
 		}

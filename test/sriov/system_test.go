@@ -12,8 +12,8 @@ import (
 // network configuration, one by version 2.
 func (l *inside) cloudInit() {
 	user := filepath.Join(l.dir, "user-data")
-	// What it has, on the console.
-	const say = "#cloud-config\nruncmd:\n- [sh, -c, \"(echo; echo told-begin; ip -br link; ip -br addr; ip route; cloud-id; echo told-end) >/dev/ttyS0\"]\n"
+	// What it has when cloud-init has the network, on the console.
+	const say = "#cloud-config\nbootcmd:\n- [sh, -c, \"(echo; echo told-begin; ip link; ip -br addr; ip route; echo told-end) >/dev/ttyS0\"]\n"
 	if err := os.WriteFile(user, []byte(say), 0o600); err != nil {
 		l.Fatal(err)
 	}
@@ -34,16 +34,25 @@ func (l *inside) cloudInit() {
 			filepath.Join(os.Getenv(debianEnv), "disk.qcow2"),
 		}, l.net...)...)
 	}
+	defer func() {
+		if l.Failed() {
+			for _, g := range guests {
+				out, _ := l.command("logs", g.name).CombinedOutput()
+				l.Logf("console of %s:\n%s", g.name, out)
+			}
+		}
+	}()
 	for i, g := range guests {
 		told := ""
 		l.until("cloud-init of "+g.name, func() bool {
+			time.Sleep(2 * time.Second) // it is slow already
 			_, after, begun := strings.Cut(l.virtlet("logs", g.name), "told-begin")
 			var ended bool
 			told, _, ended = strings.Cut(after, "told-end")
 			return begun && ended
 		})
 		l.Logf("%s has told after %s", g.name, time.Since(begin).Round(time.Second))
-		for _, want := range []string{"eth0", g.mac, g.addr, g.route, "nocloud"} {
+		for _, want := range []string{"eth0", g.mac, g.addr, g.route, "mtu 1400"} {
 			if !strings.Contains(told, want) {
 				l.Errorf("%s does not have %q:\n%s", g.name, want, told)
 			}
