@@ -68,8 +68,8 @@ func (l *inside) cloudInit() {
 		}
 	}
 	l.Logf("on the wire: %s", fmt.Sprint(seen))
+	l.virtlet("rm", "-f", guests[0].name, guests[1].name)
 	for _, g := range guests {
-		l.virtlet("rm", "-f", g.name)
 		l.returned(g.vf, g.mac, g.addr, g.vlan)
 	}
 }
