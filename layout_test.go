@@ -30,9 +30,10 @@ var edges = map[string][]string{
 	"internal/shim":                  {"internal/vm"},
 	"internal/node":                  {"internal/vm"},
 	"internal/vm": {
-		"internal/cloudinit", "internal/cni", "internal/dhcp", "internal/image", "internal/netns", "internal/nic",
+		"internal/agent", "internal/cloudinit", "internal/cni", "internal/dhcp", "internal/image", "internal/netns", "internal/nic",
 		"internal/pci", "internal/podnet", "internal/qemu", "internal/ssh",
 	},
+	"internal/agent":     nil,
 	"internal/podnet":    {"internal/netns", "internal/nic", "internal/pci"},
 	"internal/dhcp":      {"internal/nic"},
 	"internal/cloudinit": {"internal/nic"},

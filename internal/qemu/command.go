@@ -25,6 +25,9 @@ const (
 	idRNG     = "rng0"
 	idPanic   = "panic0"
 	idIOMMU   = "iommu0"
+	idSerial  = "serial0"
+	idAgent   = "agent"
+	idBalloon = "balloon0"
 )
 
 // fileSuffix makes the name of the block node that holds a drive's file; the drive's id is that of the format layer.
@@ -102,7 +105,16 @@ func (b *builder) base(m Machine) {
 		b.add("-chardev", fmt.Sprintf("socket,id=%s,fd=%d", idConsole, b.fd(m.Console)), "-serial", "chardev:"+idConsole)
 	}
 	// rng-builtin asks the kernel's getrandom: no file to open, and no guest waits for entropy at boot.
-	b.add("-object", "rng-builtin,id="+idRNG, "-device", device("virtio-rng-pci", idRNG, slotRNG, "rng="+idRNG))
+	b.add("-object", "rng-builtin,id="+idRNG, "-device", own("virtio-rng-pci", idRNG, fnRNG, "multifunction=on", "rng="+idRNG))
+	if m.Agent != nil {
+		b.add("-chardev", fmt.Sprintf("socket,id=%s,fd=%d", idAgent, b.fd(m.Agent)),
+			"-device", own("virtio-serial-pci", idSerial, fnAgent, "max_ports=2"), // port 0 is for consoles
+			"-device", opts("virtserialport", "bus="+idSerial+".0", "nr=1", "chardev="+idAgent, "name="+AgentPort))
+	}
+	if m.Balloon {
+		// A guest that runs out of memory takes back what it has given, rather than kill its programs.
+		b.add("-device", own("virtio-balloon-pci", idBalloon, fnBalloon, "deflate-on-oom=on", "free-page-reporting=on"))
+	}
 	// Tells QEMU, and by its event us, that the guest's kernel panicked. On amd64 it is one I/O port that kernels have
 	// known since 2013; arm64 has only the PCI form (Linux 5.13).
 	if m.Arch == "amd64" {
@@ -282,6 +294,11 @@ func (b *builder) fdList(files []*os.File) string {
 // device makes the value of -device for a PCI device on the root bus, which both boards call pcie.0.
 func device(driver, id string, slot int, args ...string) string {
 	return opts(append([]string{driver, "id=" + id, "bus=pcie.0", fmt.Sprintf("addr=0x%02x", slot)}, args...)...)
+}
+
+// own makes the value of -device for one of the machine's own devices.
+func own(driver, id string, function int, args ...string) string {
+	return opts(append([]string{driver, "id=" + id, "bus=pcie.0", fmt.Sprintf("addr=0x%02x.%d", slotOwn, function)}, args...)...)
 }
 
 // opts joins the parts of one option. QEMU's parser splits at commas and takes two for one that is meant (qemu(1),

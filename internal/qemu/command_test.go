@@ -61,7 +61,7 @@ var goldens = []struct {
 	{"kernel-amd64", func(t testing.TB) Machine {
 		m := kernelVM(t)
 		m.Initrd, m.Append = file(t, "initrd"), "console=ttyS0 panic=-1 a,b"
-		m.Console, m.QMP = file(t, "console"), file(t, "qmp")
+		m.Console, m.QMP, m.Agent, m.Balloon = file(t, "console"), file(t, "qmp"), file(t, "agent"), true
 		m.NICs = []Netdev{{ID: "net0", MAC: "0A:58:0A:F4:01:05", MTU: 1450, Taps: files(t, "tap", 1), Slot: NICSlot(0)}}
 		return m
 	}},

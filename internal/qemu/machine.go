@@ -56,7 +56,12 @@ type Machine struct {
 	VFIO    []VFIO   // PCI functions of the host; with NICs at most MaxNICs
 	Console *os.File // one end of a socketpair: the first serial port; nil: none
 	QMP     *os.File // one end of a socketpair: the monitor; nil: none
+	Agent   *os.File // one end of a socketpair: the virtio-serial port of a guest agent ([AgentPort]); nil: none
+	Balloon bool     // memory can be taken from the guest while it runs, and given back
 }
+
+// AgentPort is the name by which agents in guests know their port (QEMU, docs/interop/qemu-ga.rst).
+const AgentPort = "org.qemu.guest_agent.0"
 
 // Drive is a disk of the guest. An ID has a lower-case letter followed by up to 23 of [a-z0-9-], and no other drive,
 // lower layer or NIC has the same.
@@ -120,11 +125,18 @@ const (
 // PCI slots of the root bus, all fixed, so that a guest finds every device where it was, whatever else it is given.
 // 0 is the host bridge; 0x1f is q35's LPC bridge.
 const (
-	slotRNG     = 0x01
+	slotOwn     = 0x01 // the machine's own devices, as functions of one
 	slotPanic   = 0x02
 	slotDrive   = 0x03 // to 0x0f
 	slotNIC     = 0x10 // to 0x1e
 	slotNICLast = slotNIC + MaxNICs - 1
+)
+
+// Functions in slotOwn. A guest looks for others where there is a function 0.
+const (
+	fnRNG = iota
+	fnAgent
+	fnBalloon
 )
 
 const (
@@ -197,7 +209,9 @@ func (m *Machine) check() error {
 	bad(len(m.Drives) > 0 && m.Drives[0].CDROM && m.Kernel == nil, "drive %q: a seed cannot be the boot disk", m.firstDrive())
 	bad(len(m.Drives) > MaxDrives, "%d drives: use at most %d", len(m.Drives), MaxDrives)
 	bad(len(m.NICs)+len(m.VFIO) > MaxNICs, "%d NICs: use at most %d", len(m.NICs)+len(m.VFIO), MaxNICs)
-	ids := map[string]bool{idRNG: true, idPanic: true, idConsole: true, idQMP: true, idIOMMU: true}
+	ids := map[string]bool{
+		idRNG: true, idPanic: true, idConsole: true, idQMP: true, idIOMMU: true, idSerial: true, idAgent: true, idBalloon: true,
+	}
 	for i := range m.Drives {
 		errs = append(errs, m.Drives[i].check(ids))
 	}

@@ -177,6 +177,36 @@ func (m *Monitor) Status(ctx context.Context) (string, error) {
 	return s.Status, err
 }
 
+// AgentOpen says whether a program in the guest has opened the port of [Machine.Agent].
+func (m *Monitor) AgentOpen(ctx context.Context) (bool, error) {
+	var all []struct {
+		Label string `json:"label"`
+		Open  bool   `json:"frontend-open"`
+	}
+	err := m.Do(ctx, "query-chardev", nil, &all)
+	for _, c := range all {
+		if c.Label == idAgent && c.Open {
+			return true, err
+		}
+	}
+	return false, err
+}
+
+// SetMemory asks the guest, through its balloon, to make do with so many bytes. It returns at once; whether the guest has a
+// driver for that, and when it obeys, is its own affair.
+func (m *Monitor) SetMemory(ctx context.Context, bytes int64) error {
+	return m.Do(ctx, "balloon", map[string]int64{"value": bytes}, nil)
+}
+
+// MemoryActual gives how many bytes of memory the guest has at the moment.
+func (m *Monitor) MemoryActual(ctx context.Context) (int64, error) {
+	var b struct {
+		Actual int64 `json:"actual"`
+	}
+	err := m.Do(ctx, "query-balloon", nil, &b)
+	return b.Actual, err
+}
+
 // Version gives QEMU's version as its greeting had it, such as "7.2.22".
 func (m *Monitor) Version() string { return m.version }
 

@@ -2,6 +2,7 @@ package shim
 
 import (
 	"context"
+	"encoding/json"
 	"os"
 	"runtime/debug"
 
@@ -9,6 +10,7 @@ import (
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
 	tasktypes "github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -20,25 +22,29 @@ import (
 
 var done = &emptypb.Empty{}
 
-// find gives a task by the ids of a call.
-func (d *daemon) find(id, exec string) (*task, error) {
+// find gives a task by the ids of a call, and with an exec's id that program in the guest.
+func (d *daemon) find(id, exec string) (*task, *process, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	t := d.tasks[id]
 	if t == nil {
-		return nil, status.Errorf(codes.NotFound, "container %s: not found", id)
+		return nil, nil, status.Errorf(codes.NotFound, "container %s: not found", id)
 	}
-	if exec != "" {
-		return nil, status.Errorf(codes.NotFound, "process %s of container %s: not found", exec, id)
+	if exec == "" {
+		return t, nil, nil
 	}
-	return t, nil
+	p := t.execs[exec]
+	if p == nil {
+		return nil, nil, status.Errorf(codes.NotFound, "process %s of container %s: not found", exec, id)
+	}
+	return t, p, nil
 }
 
 // Create makes the pod's network, or prepares its guest.
 func (d *daemon) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*taskapi.CreateTaskResponse, error) {
 	d.turn.Lock()
 	defer d.turn.Unlock()
-	if _, err := d.find(r.ID, ""); err == nil {
+	if _, _, err := d.find(r.ID, ""); err == nil {
 		return nil, status.Errorf(codes.AlreadyExists, "container %s: it is there already", r.ID)
 	}
 	t, err := d.create(ctx, r)
@@ -54,12 +60,15 @@ func (d *daemon) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*tas
 
 // Start starts the guest; the sandbox has all that it needs.
 func (d *daemon) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.StartResponse, error) {
-	d.turn.Lock()
-	defer d.turn.Unlock()
-	t, err := d.find(r.ID, r.ExecID)
+	t, p, err := d.find(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
 	}
+	if p != nil {
+		return d.startExec(ctx, p)
+	}
+	d.turn.Lock()
+	defer d.turn.Unlock()
 	d.mu.Lock()
 	is := t.status
 	if is == tasktypes.Status_CREATED && t.sandbox {
@@ -83,10 +92,13 @@ func (d *daemon) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.S
 }
 
 // Kill powers the guest down, or ends it. A sandbox ends at any signal that ends a process.
-func (d *daemon) Kill(_ context.Context, r *taskapi.KillRequest) (*emptypb.Empty, error) {
-	t, err := d.find(r.ID, r.ExecID)
+func (d *daemon) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Empty, error) {
+	t, p, err := d.find(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
+	}
+	if p != nil {
+		return done, d.killExec(ctx, p, unix.Signal(r.Signal))
 	}
 	d.mu.Lock()
 	guest, is, closing := t.guest, t.status, t.closing
@@ -115,23 +127,33 @@ func (d *daemon) Kill(_ context.Context, r *taskapi.KillRequest) (*emptypb.Empty
 
 // Wait blocks until a task has ended.
 func (d *daemon) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.WaitResponse, error) {
-	t, err := d.find(r.ID, r.ExecID)
+	t, p, err := d.find(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
 	}
+	ended := t.ended
+	if p != nil {
+		ended = p.ended
+	}
 	select {
-	case <-t.ended:
+	case <-ended:
 	case <-ctx.Done():
 		return nil, ctx.Err()
+	}
+	if p != nil {
+		return &taskapi.WaitResponse{ExitStatus: p.exit, ExitedAt: timestamppb.New(p.exited)}, nil
 	}
 	return &taskapi.WaitResponse{ExitStatus: t.exit, ExitedAt: timestamppb.New(t.exited)}, nil
 }
 
 // Delete forgets a task that has ended, or was never started.
 func (d *daemon) Delete(_ context.Context, r *taskapi.DeleteRequest) (*taskapi.DeleteResponse, error) {
-	t, err := d.find(r.ID, r.ExecID)
+	t, p, err := d.find(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
+	}
+	if p != nil {
+		return d.deleteExec(p)
 	}
 	d.mu.Lock()
 	is := t.status
@@ -161,12 +183,15 @@ func (d *daemon) Delete(_ context.Context, r *taskapi.DeleteRequest) (*taskapi.D
 
 // State tells of a task.
 func (d *daemon) State(_ context.Context, r *taskapi.StateRequest) (*taskapi.StateResponse, error) {
-	t, err := d.find(r.ID, r.ExecID)
+	t, p, err := d.find(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if p != nil {
+		return p.state(), nil
+	}
 	q := t.request
 	s := &taskapi.StateResponse{
 		ID: t.id, Bundle: q.Bundle, Pid: uint32(t.pid), Status: t.status, Stdin: q.Stdin, Stdout: q.Stdout, Stderr: q.Stderr,
@@ -180,7 +205,7 @@ func (d *daemon) State(_ context.Context, r *taskapi.StateRequest) (*taskapi.Sta
 
 // Connect says who serves a task.
 func (d *daemon) Connect(_ context.Context, r *taskapi.ConnectRequest) (*taskapi.ConnectResponse, error) {
-	t, err := d.find(r.ID, "")
+	t, _, err := d.find(r.ID, "")
 	if err != nil {
 		return nil, err
 	}
@@ -191,7 +216,7 @@ func (d *daemon) Connect(_ context.Context, r *taskapi.ConnectRequest) (*taskapi
 
 // Pids gives one process, always: a containerd that restarts takes a task without any for one that has ended.
 func (d *daemon) Pids(_ context.Context, r *taskapi.PidsRequest) (*taskapi.PidsResponse, error) {
-	t, err := d.find(r.ID, "")
+	t, _, err := d.find(r.ID, "")
 	if err != nil {
 		return nil, err
 	}
@@ -220,7 +245,7 @@ func (d *daemon) Resume(ctx context.Context, r *taskapi.ResumeRequest) (*emptypb
 
 // turnOver pauses a guest that runs, or resumes one that is paused.
 func (d *daemon) turnOver(ctx context.Context, id string, from, to tasktypes.Status) error {
-	t, err := d.find(id, "")
+	t, _, err := d.find(id, "")
 	if err != nil {
 		return err
 	}
@@ -249,7 +274,7 @@ func (d *daemon) turnOver(ctx context.Context, id string, from, to tasktypes.Sta
 
 // Stats reads the counters of a task's cgroup.
 func (d *daemon) Stats(_ context.Context, r *taskapi.StatsRequest) (*taskapi.StatsResponse, error) {
-	t, err := d.find(r.ID, "")
+	t, _, err := d.find(r.ID, "")
 	if err != nil {
 		return nil, err
 	}
@@ -260,27 +285,47 @@ func (d *daemon) Stats(_ context.Context, r *taskapi.StatsRequest) (*taskapi.Sta
 	return &taskapi.StatsResponse{Stats: any}, nil
 }
 
-// CloseIO does nothing: a serial console has no end of input.
+// CloseIO ends the input of a program in the guest. A serial console has no end of input.
 func (d *daemon) CloseIO(_ context.Context, r *taskapi.CloseIORequest) (*emptypb.Empty, error) {
-	_, err := d.find(r.ID, r.ExecID)
+	_, p, err := d.find(r.ID, r.ExecID)
+	if p != nil && r.Stdin {
+		err = d.endInput(p)
+	}
 	return done, err
 }
 
 // ResizePty does nothing: a serial console has no size.
 func (d *daemon) ResizePty(_ context.Context, r *taskapi.ResizePtyRequest) (*emptypb.Empty, error) {
-	_, err := d.find(r.ID, r.ExecID)
+	_, _, err := d.find(r.ID, r.ExecID)
 	return done, err
 }
 
-// Update does nothing: the size of a VM is that of its start.
-func (d *daemon) Update(_ context.Context, r *taskapi.UpdateTaskRequest) (*emptypb.Empty, error) {
-	_, err := d.find(r.ID, "")
-	return done, err
-}
-
-// Exec is refused: no program of the node can run inside a guest.
-func (d *daemon) Exec(context.Context, *taskapi.ExecProcessRequest) (*emptypb.Empty, error) {
-	return nil, status.Error(codes.Unimplemented, "the container is a VM, which has no exec: use its serial console (kubectl attach -it) or SSH")
+// Update asks the guest to make do with less memory, or gives it back, up to what it was booted with. It has as many CPUs
+// as it was booted with: how much time they get is the cgroup's, whose limits are the pod's.
+func (d *daemon) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (*emptypb.Empty, error) {
+	t, _, err := d.find(r.ID, "")
+	if err != nil {
+		return nil, err
+	}
+	var limits specs.LinuxResources
+	if err := json.Unmarshal(r.Resources.GetValue(), &limits); err != nil && r.Resources != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "container %s: read its limits: %v", r.ID, err)
+	}
+	d.mu.Lock()
+	guest := t.guest
+	if t.status != tasktypes.Status_RUNNING {
+		guest = nil
+	}
+	d.mu.Unlock()
+	if guest == nil || limits.Memory == nil || limits.Memory.Limit == nil || *limits.Memory.Limit <= 0 {
+		return done, nil
+	}
+	got, err := guest.SetMemory(ctx, *limits.Memory.Limit>>20)
+	if err != nil {
+		return nil, status.Error(codes.Unknown, one(err))
+	}
+	d.log.Info("the guest is asked to make do with other memory", "container", t.id, "MiB", got)
+	return done, nil
 }
 
 // Checkpoint is refused.

@@ -3,6 +3,7 @@ package shim
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net"
@@ -21,9 +22,11 @@ import (
 	"github.com/containerd/containerd/api/services/ttrpc/events/v1"
 	tasktypes "github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/ttrpc"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/virtlet/virtlet/internal/testnet"
@@ -266,12 +269,29 @@ func TestLifeOfAPod(t *testing.T) {
 	}
 }
 
+// asJSON packs a part of the runtime specification as containerd does.
+func asJSON(t *testing.T, kind string, v any) *anypb.Any {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &anypb.Any{TypeUrl: "types.containerd.io/opencontainers/runtime-spec/1/" + kind, Value: b}
+}
+
 // small tries the calls that do little.
 func (m *manager) small(id string) {
 	m.t.Helper()
 	ctx := m.t.Context()
-	_, err := m.Exec(ctx, &taskapi.ExecProcessRequest{ID: id, ExecID: "sh"})
-	is(m.t, "exec", err, codes.Unimplemented, "kubectl attach")
+	spec := asJSON(m.t, "Process", specs.Process{Args: []string{"true"}})
+	_, err := m.Exec(ctx, &taskapi.ExecProcessRequest{ID: id, ExecID: "sh", Spec: spec})
+	is(m.t, "exec without an agent", err, codes.Unimplemented, "kubectl attach")
+	_, err = m.Exec(ctx, &taskapi.ExecProcessRequest{ID: id, ExecID: "sh", Spec: spec, Terminal: true})
+	is(m.t, "exec with a terminal", err, codes.Unimplemented, "leave -t out")
+	_, err = m.Exec(ctx, &taskapi.ExecProcessRequest{ID: podID, ExecID: "sh", Spec: spec})
+	is(m.t, "exec in the sandbox", err, codes.Unimplemented, "sandbox")
+	_, err = m.Exec(ctx, &taskapi.ExecProcessRequest{ID: id, ExecID: "sh"})
+	is(m.t, "exec of nothing", err, codes.InvalidArgument, "")
 	_, err = m.State(ctx, &taskapi.StateRequest{ID: id, ExecID: "sh"})
 	is(m.t, "state of an exec", err, codes.NotFound, "")
 	_, err = m.Checkpoint(ctx, &taskapi.CheckpointTaskRequest{ID: id})
@@ -283,7 +303,13 @@ func (m *manager) small(id string) {
 	_, err = m.ResizePty(ctx, &taskapi.ResizePtyRequest{ID: id, Width: 80, Height: 25})
 	is(m.t, "resize", err, codes.OK, "")
 	_, err = m.Update(ctx, &taskapi.UpdateTaskRequest{ID: id})
+	is(m.t, "update of nothing", err, codes.OK, "")
+	less := int64(48 << 20)
+	limits := asJSON(m.t, "LinuxResources", specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &less}})
+	_, err = m.Update(ctx, &taskapi.UpdateTaskRequest{ID: id, Resources: limits})
 	is(m.t, "update", err, codes.OK, "")
+	_, err = m.Update(ctx, &taskapi.UpdateTaskRequest{ID: podID, Resources: limits})
+	is(m.t, "update of the sandbox", err, codes.OK, "")
 	_, err = m.Resume(ctx, &taskapi.ResumeRequest{ID: id})
 	is(m.t, "resume of one that runs", err, codes.FailedPrecondition, "")
 	_, err = m.Pause(ctx, &taskapi.PauseRequest{ID: id})

@@ -41,12 +41,15 @@ func openStdio(in, out, err string) (s stdio, failed error) {
 	return s, nil
 }
 
-// Close closes all of them.
+// Close closes all of them, as far as a copy of s has not.
 func (s *stdio) Close() error {
 	var errs []error
 	for _, f := range []*os.File{s.in, s.out, s.err} {
-		if f != nil {
-			errs = append(errs, f.Close())
+		if f == nil {
+			continue
+		}
+		if err := f.Close(); !errors.Is(err, os.ErrClosed) {
+			errs = append(errs, err)
 		}
 	}
 	*s = stdio{}

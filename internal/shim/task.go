@@ -38,6 +38,7 @@ type task struct {
 	exit    uint32
 	exited  time.Time
 	closing bool // the sandbox's end has begun
+	execs   map[string]*process
 
 	ended chan struct{} // closed when exit is known
 }
@@ -46,6 +47,7 @@ type task struct {
 func newTask(b *bundle, r *taskapi.CreateTaskRequest, sandbox bool) *task {
 	return &task{
 		id: r.ID, bundle: b, sandbox: sandbox, request: r, status: tasktypes.Status_CREATED, pid: os.Getpid(), ended: make(chan struct{}),
+		execs: map[string]*process{},
 	}
 }
 
@@ -157,6 +159,7 @@ func (d *daemon) boot(ctx context.Context, t *task) error {
 // attend waits for the end of a guest and tells of it.
 func (d *daemon) attend(t *task, g *vm.Guest, end func()) {
 	exit, err := g.Wait()
+	d.endExecs(t)
 	end()
 	if err != nil {
 		d.log.Error("clean up after a guest", "container", t.id, "err", one(err))

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/virtlet/virtlet/internal/agent"
 	"github.com/virtlet/virtlet/internal/image"
 	"github.com/virtlet/virtlet/internal/qemu"
 )
@@ -133,8 +134,8 @@ func (v *VM) dropDisk() error {
 	return errors.Join(errs...)
 }
 
-// machine puts the guest together. The two socket ends are QEMU's.
-func (v *VM) machine(consoleEnd, qmpEnd *os.File) (qemu.Machine, error) {
+// machine puts the guest together. The socket ends are QEMU's.
+func (v *VM) machine(consoleEnd, qmpEnd, agentEnd *os.File) (qemu.Machine, error) {
 	accel, why, err := v.accel()
 	if err != nil {
 		return qemu.Machine{}, err
@@ -143,6 +144,7 @@ func (v *VM) machine(consoleEnd, qmpEnd *os.File) (qemu.Machine, error) {
 	m := qemu.Machine{
 		Binary: v.cfg.QEMU, Arch: arch, Name: v.cfg.Name, Accel: accel, CPUs: v.cfg.CPUs, Memory: v.cfg.Memory,
 		Kernel: v.media.kernel, Initrd: v.media.initrd, Firmware: v.media.firmware, Append: v.cfg.Append, Console: consoleEnd, QMP: qmpEnd,
+		Agent: agentEnd,
 	}
 	// The first drive is the one that is booted: the image, or with Root the first disk.
 	if v.media.base != nil {
@@ -171,6 +173,9 @@ func (v *VM) machine(consoleEnd, qmpEnd *os.File) (qemu.Machine, error) {
 			ID: fmt.Sprintf("net%d", i), MAC: p.NIC.MAC.String(), MTU: p.NIC.MTU, Taps: p.Taps, Vhost: p.Vhost, Slot: qemu.NICSlot(i),
 		})
 	}
+	// A device that reads and writes the guest's memory by itself holds all of it.
+	v.memory, v.fixed = m.Memory, len(m.VFIO) > 0
+	m.Balloon = !v.fixed
 	return m, nil
 }
 
@@ -201,7 +206,14 @@ func (v *VM) startQEMU() (string, error) {
 		return "", err
 	}
 	defer qmpEnd.Close()
-	m, err := v.machine(consoleEnd, qmpEnd)
+	talk, agentEnd, err := socketPair("guest agent")
+	if err != nil {
+		qmp.Close()
+		return "", err
+	}
+	defer agentEnd.Close()
+	v.agent = agent.New(talk)
+	m, err := v.machine(consoleEnd, qmpEnd, agentEnd)
 	if err != nil {
 		qmp.Close()
 		return "", err

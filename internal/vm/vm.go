@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/virtlet/virtlet/internal/agent"
 	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
@@ -67,6 +68,9 @@ type Guest struct {
 	qmp     net.Conn // until monitor owns it
 	monitor *qemu.Monitor
 	console *console
+	agent   *agent.Client
+	memory  int64       // MiB that it was booted with
+	fixed   bool        // and has until its end
 	killed  atomic.Bool // by Kill
 
 	asked     sync.Once
@@ -226,6 +230,9 @@ func (g *Guest) close() error {
 		g.monitor.Close()
 	} else if g.qmp != nil {
 		g.qmp.Close()
+	}
+	if g.agent != nil {
+		errs = append(errs, g.agent.Close())
 	}
 	errs = append(errs, g.media.Close())
 	if g.console != nil {

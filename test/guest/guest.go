@@ -146,6 +146,21 @@ func Artifacts(t testing.TB) (kernel, initrd, cmdline string) {
 	return kernel, initrd, strings.TrimSpace(string(line))
 }
 
+// Extra gives the path of an archive which a test may put behind the initrd, in the same file: it has a QEMU guest agent
+// (qemu-ga), and drivers of a balloon, of SCSI disks and of ext4.
+func Extra(t testing.TB) string {
+	t.Helper()
+	kernel, _, _ := Artifacts(t)
+	path := filepath.Join(filepath.Dir(kernel), "extra")
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("find what test guests may have beside: %v; run `make guest`", err)
+	}
+	return path
+}
+
+// Agent is a command line for the console that starts the agent of [Extra].
+const Agent = "qemu-ga -d -m virtio-serial -p /dev/vport*p1 -t /run -f /run/qemu-ga.pid -l /run/qemu-ga.log"
+
 // Type types a line at the console of a guest that has reported, and gives what the console says until that is done. console
 // is a command that joins it to its standard input and output.
 func Type(t testing.TB, console *exec.Cmd, line string) string {

@@ -33,17 +33,21 @@ type pod struct {
 const guestImage, pauseImage = "localhost/guest:1", "localhost/pause:1"
 
 // images loads what pods are made of: the test guest as an image to boot by its kernel, and what containerd wants for a
-// sandbox, which this runtime does not look at.
-func (n *node) images() {
+// sandbox, which this runtime does not look at. Further archives are put behind the guest's initrd.
+func (n *node) images(further ...string) {
 	n.t.Helper()
 	kernel, initrd, cmdline := guest.Artifacts(n.t)
 	files := []file{{name: "boot/cmdline", data: []byte(cmdline)}}
-	for name, path := range map[string]string{"boot/vmlinuz": kernel, "boot/initrd": initrd} {
-		data, err := os.ReadFile(path)
-		if err != nil {
-			n.t.Fatal(err)
+	for name, paths := range map[string][]string{"boot/vmlinuz": {kernel}, "boot/initrd": append([]string{initrd}, further...)} {
+		var all []byte
+		for _, path := range paths {
+			data, err := os.ReadFile(path)
+			if err != nil {
+				n.t.Fatal(err)
+			}
+			all = append(all, data...)
 		}
-		files = append(files, file{name, data})
+		files = append(files, file{name, all})
 	}
 	n.load(writeImage(n.t, guestImage, files...))
 	n.load(writeImage(n.t, pauseImage, file{"pause", []byte("never run")}))

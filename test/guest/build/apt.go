@@ -66,20 +66,34 @@ func (a *apt) show(ctx context.Context, name string, pattern *regexp.Regexp) ([]
 	}
 }
 
-// unpack downloads packages into dir and unpacks them into tree. Lists that are out of date name files that are no
-// longer there, so a failure is tried once more with fresh lists.
+// packages gives the kernel and the packages of those names, as apt would install them.
+func (a *apt) packages(ctx context.Context, names []string) ([]pkg, error) {
+	kernel, err := a.kernel(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all := []pkg{kernel}
+	for _, name := range names {
+		p, err := a.candidate(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, p)
+	}
+	return all, nil
+}
+
+// unpack downloads packages into dir and unpacks them into tree.
 func (a *apt) unpack(ctx context.Context, dir, tree string, pkgs []pkg) error {
 	download := []string{"download"}
 	for _, p := range pkgs {
 		download = append(download, p.String())
 	}
-	_, err := a.run(ctx, dir, "apt-get", download...)
-	if err != nil && !a.private {
-		if err = a.update(ctx); err == nil {
-			_, err = a.run(ctx, dir, "apt-get", download...)
-		}
-	}
+	dir, err := os.MkdirTemp(dir, "debs-") // of this try alone
 	if err != nil {
+		return err
+	}
+	if _, err := a.run(ctx, dir, "apt-get", download...); err != nil {
 		return fmt.Errorf("download %v: %w", pkgs, err)
 	}
 	debs, err := filepath.Glob(filepath.Join(dir, "*.deb"))

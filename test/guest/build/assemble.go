@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -28,13 +29,22 @@ func assemble(ctx context.Context, tree, out, arch string) error {
 	if err := os.WriteFile(filepath.Join(out, "cmdline"), []byte(cmdline(arch)+"\n"), 0o644); err != nil {
 		return err
 	}
-	f, err := os.Create(filepath.Join(out, "initrd"))
+	for name, write := range map[string]func(context.Context, io.Writer, string) error{"initrd": initramfs, "extra": extra} {
+		if err := writeFile(filepath.Join(out, name), func(w io.Writer) error { return write(ctx, w, tree) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func writeFile(path string, write func(io.Writer) error) error {
+	f, err := os.Create(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	w := bufio.NewWriter(f)
-	if err := initramfs(ctx, w, tree); err != nil {
+	if err := write(w); err != nil {
 		return err
 	}
 	if err := w.Flush(); err != nil {
@@ -80,7 +90,7 @@ func initramfs(ctx context.Context, w io.Writer, tree string) error {
 			return err
 		}
 	}
-	if err := addModules(ctx, a, tree); err != nil {
+	if err := addModules(ctx, a, tree, wanted); err != nil {
 		return err
 	}
 	scripts, err := fs.ReadDir(inputs, "root")
@@ -104,8 +114,21 @@ func initramfs(ctx context.Context, w io.Writer, tree string) error {
 	return a.close()
 }
 
+// extra writes what can be put behind the initramfs, and into the same file system: a guest agent, and drivers that only some
+// tests want. Others boot faster without.
+func extra(ctx context.Context, w io.Writer, tree string) error {
+	a := &archive{w: w}
+	if err := addProgram(a, tree, "qemu-ga"); err != nil {
+		return err
+	}
+	if err := addModules(ctx, a, tree, append(slices.Clone(further), wanted...)); err != nil {
+		return err
+	}
+	return a.close()
+}
+
 // addModules adds the drivers and the list of them in the order of loading.
-func addModules(ctx context.Context, a *archive, tree string) error {
+func addModules(ctx context.Context, a *archive, tree string, names []string) error {
 	dir, err := one(tree, "lib/modules/*", "usr/lib/modules/*")
 	if err != nil {
 		return err
@@ -114,7 +137,7 @@ func addModules(ctx context.Context, a *archive, tree string) error {
 	if err != nil {
 		return err
 	}
-	loaded, err := all.resolve(ctx, wanted)
+	loaded, err := all.resolve(ctx, names)
 	if err != nil {
 		return err
 	}
@@ -133,33 +156,46 @@ func addProgram(a *archive, tree, name string) error {
 	if err != nil {
 		return err
 	}
-	linker, libraries, err := linked(program)
+	linker, names, err := linked(program)
 	if err != nil {
 		return fmt.Errorf("read %s: %w", program, err)
-	}
-	if linker != "" {
-		if dir := path.Dir(linker); dir != "lib" {
-			a.dir(dir)
-		}
-		libraries = append(libraries, linker)
 	}
 	if err := addFile(a, "bin/"+name, program); err != nil {
 		return err
 	}
-	for _, l := range libraries {
-		file, err := one(tree, "lib/*/"+path.Base(l), "usr/lib/*/"+path.Base(l))
+	if linker == "" {
+		return nil
+	}
+	if dir := path.Dir(linker); dir != "lib" {
+		a.dir(dir)
+	}
+	names = append(names, path.Base(linker))
+	for i := 0; i < len(names); i++ { // which grows by what they need themselves
+		file, err := one(tree, "lib/*/"+names[i], "usr/lib/*/"+names[i])
 		if err != nil {
 			return fmt.Errorf("%w (needed by %s)", err, name)
 		}
-		if err := addFile(a, l, file); err != nil {
+		to := "lib/" + names[i]
+		if names[i] == path.Base(linker) {
+			to = linker
+		}
+		if err := addFile(a, to, file); err != nil {
 			return err
+		}
+		_, more, err := linked(file)
+		if err != nil {
+			return fmt.Errorf("read %s: %w", file, err)
+		}
+		for _, m := range more {
+			if !slices.Contains(names, m) {
+				names = append(names, m)
+			}
 		}
 	}
 	return nil
 }
 
-// linked gives where a program's dynamic linker is, "" for a static one, and where it finds the libraries. Those need
-// no others: they are parts of the C library.
+// linked gives where a program's dynamic linker is, "" for a static one and for a library, and the libraries that it names.
 func linked(program string) (linker string, libraries []string, err error) {
 	f, err := elf.Open(program)
 	if err != nil {
@@ -176,13 +212,7 @@ func linked(program string) (linker string, libraries []string, err error) {
 		}
 		linker = strings.Trim(string(b), "/\x00")
 	}
-	if linker == "" {
-		return "", nil, nil
-	}
-	names, err := f.ImportedLibraries()
-	for _, n := range names {
-		libraries = append(libraries, "lib/"+n)
-	}
+	libraries, err = f.ImportedLibraries() // none: static
 	return linker, libraries, err
 }
 

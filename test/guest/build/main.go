@@ -2,9 +2,9 @@
 // and a kernel command line. Everything else is Debian's: packages are fetched by apt-get, which verifies them, and unpacked by
 // dpkg-deb; nothing is installed and no privilege is needed.
 //
-// The result is a directory with the files vmlinuz, initrd and cmdline, in the folder guest of VIRTLET_CACHE (default:
-// virtlet in the user's cache). Its name holds the architecture, the kernel's version, a hash of the other packages'
-// versions and one of this program and its scripts, so a change of any makes another one; it appears complete or not at
+// The result is a directory with the files vmlinuz, initrd, cmdline, and extra, which a test may put behind the initrd for
+// more drivers and a guest agent. It is in the folder guest of VIRTLET_CACHE (default: virtlet in the user's cache). Its
+// name holds the architecture, the kernel's version, a hash of the other packages' versions and one of this program and its scripts, so a change of any makes another one; it appears complete or not at
 // all, and two builds at once are one. A build that is there is used without asking the network whether there are newer
 // packages: -refresh asks.
 //
@@ -38,7 +38,10 @@ var inputs embed.FS
 // programs are the packages that the guest's programs are in, beside the kernel's. busybox has a client for DHCPv4 only;
 // of Debian's DHCPv6 clients dhcpcd is the one that looks at router advertisements. It needs the C library, which makes
 // up most of what it adds to the initramfs (2.5 MB).
-var programs = []string{"busybox-static", "dhcpcd-base", "libc6"}
+var programs = []string{
+	"busybox-static", "dhcpcd-base", "libc6",
+	"qemu-guest-agent", "libglib2.0-0", "libpcre2-8-0", "libudev1", "liburing2", "libnuma1", // of extra
+}
 
 // limit is how long a build may take; most of it is the download of the kernel package (27 MB).
 const limit = 10 * time.Minute
@@ -91,31 +94,32 @@ func run(ctx context.Context, arch string, refresh bool) (string, error) {
 // build fetches, assembles and puts the finished guest in its place. The lock is held.
 func build(ctx context.Context, cache, arch, hash string) (dir string, err error) {
 	apt := apt{lists: filepath.Join(cache, "apt"), arch: arch}
-	kernel, err := apt.kernel(ctx)
-	if err != nil {
-		return "", err
-	}
-	pkgs := []pkg{kernel}
-	for _, name := range programs {
-		p, err := apt.candidate(ctx, name)
-		if err != nil {
-			return "", err
-		}
-		pkgs = append(pkgs, p)
-	}
-	dir = filepath.Join(cache, fmt.Sprintf("%s-%s-%s-%s", arch, kernel.version, hashVersions(pkgs[1:]), hash))
-	if _, err := os.Stat(dir); err == nil {
-		return dir, nil
-	}
-	fmt.Fprintf(os.Stderr, "guest: making one of %v\n", pkgs)
 	temp, err := os.MkdirTemp(cache, "new-")
 	if err != nil {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
 	tree, done := filepath.Join(temp, "tree"), filepath.Join(temp, "guest")
-	if err := apt.unpack(ctx, temp, tree, pkgs); err != nil {
-		return "", err
+	for {
+		pkgs, err := apt.packages(ctx, programs)
+		if err != nil {
+			return "", err
+		}
+		dir = filepath.Join(cache, fmt.Sprintf("%s-%s-%s-%s", arch, pkgs[0].version, hashVersions(pkgs[1:]), hash))
+		if _, err := os.Stat(dir); err == nil {
+			return dir, nil
+		}
+		fmt.Fprintf(os.Stderr, "guest: making one of %v\n", pkgs)
+		if err = apt.unpack(ctx, temp, tree, pkgs); err == nil {
+			break
+		}
+		// Lists that are out of date name files that are no longer there: once more with fresh ones, which name others.
+		if apt.private {
+			return "", err
+		}
+		if failed := apt.update(ctx); failed != nil {
+			return "", errors.Join(err, failed)
+		}
 	}
 	if err := os.Mkdir(done, 0o755); err != nil {
 		return "", err

@@ -23,6 +23,10 @@ var wanted = []string{
 	"virtio_pci",
 }
 
+// further are the drivers of what only some tests give their guests, before those above: a balloon, disks on SCSI, a file
+// system. The kernel has none for SATA.
+var further = []string{"virtio_balloon", "virtio_scsi", "sd_mod", "sr_mod", "ext4"}
+
 // modules are the loadable modules of a kernel, by name.
 type modules struct {
 	files   map[string]string
