@@ -20,7 +20,7 @@ packages=(
 	linux-image-cloud-amd64 initramfs-tools grub-pc-bin grub-common
 	systemd-sysv udev dbus libpam-systemd systemd-resolved netplan.io
 	cloud-init cloud-guest-utils fdisk sudo openssh-server
-	iproute2 iputils-ping ca-certificates
+	iproute2 iputils-ping ca-certificates qemu-guest-agent
 )
 
 # put writes a file of the guest below the directory given; the contents are on standard input.

@@ -78,6 +78,7 @@ Ctrl-C presses the guest's power button; a second Ctrl-C kills it.
 	}
 	complete("network", func() []string { return a.store.NetworkNames(f.nets.ConfDir) })
 	complete("accel", func() []string { return []string{"auto", "kvm", "tcg"} })
+	complete("disk-bus", func() []string { return []string{"virtio", "scsi", "sata"} })
 	complete("seed", func() []string { return []string{"nocloud", "configdrive", "none"} })
 	complete("network-config", func() []string { return []string{"v1", "v2", "user-data", "none"} })
 	complete("guest-network", func() []string { return []string{"dhcp", "static"} })
@@ -94,6 +95,7 @@ func (f *runFlags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.memory, "memory", "1G", "memory: 512M, 2G; a number alone is MiB")
 	fs.StringVar(&f.format, "image-format", "", "raw or qcow2 (default: by the image's header)")
 	fs.StringArrayVar(&f.disks, "disk", nil, "one more disk, written in place: PATH[,ro][,format=raw|qcow2]; repeatable")
+	fs.StringVar(&f.cfg.DiskBus, "disk-bus", "virtio", "how the guest reaches its disks: virtio, scsi (virtio-scsi) or sata")
 	fs.BoolVar(&f.cfg.Root, "root", false, "boot from the first --disk; IMAGE is absent then")
 
 	fs.StringArrayVar(&f.nets.Names, "network", nil, "CNI network; repeatable: eth0, eth1, ... in that order (default: the first one configured)")

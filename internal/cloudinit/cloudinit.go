@@ -40,6 +40,9 @@ type Seed struct {
 	// EveryBoot makes cloud-init configure the network at every boot, and not only at the first of an installation: for
 	// disks that outlive a VM, whose next boot has other addresses. It needs one boot with it to take effect.
 	EveryBoot bool
+
+	// Mounts are the paths of the guest at which it finds, at every boot, what a disk of [Volumes] has at the same paths.
+	Mounts []string
 }
 
 // metaData is NoCloud's meta-data.
@@ -63,6 +66,25 @@ const emptyUserData = "#cloud-config\n{}\n"
 // everyBoot is vendor-data, which stays apart from user-data of any kind and gives way to it: a cloud-config of the user
 // with a list of his own here wins.
 const everyBoot = "#cloud-config\n" + `{"updates": {"network": {"when": ["boot-new-instance", "boot"]}}}` + "\n"
+
+// vendorData is what the guest is told beside the user's data, nil for nothing: it stays apart from that.
+func (s Seed) vendorData() []byte {
+	switch {
+	case len(s.Mounts) == 0 && !s.EveryBoot:
+		return nil
+	case len(s.Mounts) == 0:
+		return []byte(everyBoot)
+	}
+	type part struct {
+		Type    string `json:"type"`
+		Content string `json:"content"`
+	}
+	parts := []part{{"text/cloud-boothook", mountHook(s.Mounts)}}
+	if s.EveryBoot {
+		parts = append(parts, part{"text/cloud-config", everyBoot})
+	}
+	return append([]byte("#cloud-config-archive\n"), indent(parts)...)
+}
 
 // Files gives the seed's files by their paths in the volume. An error says which part of the seed cannot be used.
 func (s Seed) Files() (map[string][]byte, error) {
@@ -113,8 +135,8 @@ func (s Seed) noCloud(user []byte) map[string][]byte {
 	case V2:
 		files["network-config"] = indent(s.Network.v2())
 	}
-	if s.EveryBoot {
-		files["vendor-data"] = []byte(everyBoot)
+	if vendor := s.vendorData(); vendor != nil {
+		files["vendor-data"] = vendor
 	}
 	return files
 }
@@ -129,8 +151,8 @@ func (s Seed) configDrive(user []byte) map[string][]byte {
 	if s.Network.version == V1 {
 		files[dir+"network_data.json"] = indent(s.Network.networkData())
 	}
-	if s.EveryBoot {
-		files[dir+"vendor_data.json"] = indent(map[string]string{"cloud-init": everyBoot})
+	if vendor := s.vendorData(); vendor != nil {
+		files[dir+"vendor_data.json"] = indent(map[string]string{"cloud-init": string(vendor)})
 	}
 	return files
 }

@@ -116,7 +116,10 @@ func volume(label string, files map[string][]byte) ([]byte, error) {
 	tree = append(tree, make([]byte, (sectorFiles-sectorRoot)*sectorSize-len(tree))...)
 	return slices.Concat(
 		make([]byte, sectorDescriptor*sectorSize),
-		pad(primary(label, len(pathTable(binary.LittleEndian, dirs)), sectorFiles+len(data)/sectorSize)),
+		pad(primary(label, layout{
+			paths: len(pathTable(binary.LittleEndian, dirs)), pathsLE: sectorPathsLE, pathsBE: sectorPathsBE,
+			root: sectorRoot, rootSize: sectorSize, sectors: sectorFiles + len(data)/sectorSize,
+		})),
 		pad(descriptor(typeTerminator)),
 		pad(pathTable(binary.LittleEndian, dirs)),
 		pad(pathTable(binary.BigEndian, dirs)),
@@ -127,23 +130,31 @@ func volume(label string, files map[string][]byte) ([]byte, error) {
 // descriptor gives the start that all volume descriptors share (8.1).
 func descriptor(kind byte) []byte { return append([]byte{kind}, "CD001\x01"...) }
 
-// primary gives the primary volume descriptor (8.4) of a volume of so many sectors; paths is the path table's length.
-func primary(label string, paths, sectors int) []byte {
+// layout says where in a volume things are, in sectors; lengths are in bytes.
+type layout struct {
+	paths            int // length of a path table
+	pathsLE, pathsBE int
+	root, rootSize   int
+	sectors          int // of the volume
+}
+
+// primary gives the primary volume descriptor (8.4).
+func primary(label string, l layout) []byte {
 	b := append(descriptor(typePrimary), 0)
 	b = append(b, text("LINUX", 32)...) // system: it may use the system area, which is empty
 	b = append(b, text(label, 32)...)
 	b = append(b, make([]byte, 8)...)
-	b = both32(b, sectors)
+	b = both32(b, l.sectors)
 	b = append(b, make([]byte, 32)...)
 	b = both16(b, 1) // volumes in the set
 	b = both16(b, 1) // number of this one
 	b = both16(b, sectorSize)
-	b = both32(b, paths)
-	b = binary.LittleEndian.AppendUint32(b, sectorPathsLE)
+	b = both32(b, l.paths)
+	b = binary.LittleEndian.AppendUint32(b, uint32(l.pathsLE))
 	b = binary.LittleEndian.AppendUint32(b, 0) // no second copy
-	b = binary.BigEndian.AppendUint32(b, sectorPathsBE)
+	b = binary.BigEndian.AppendUint32(b, uint32(l.pathsBE))
 	b = binary.BigEndian.AppendUint32(b, 0)
-	b = append(b, record(selfID, sectorRoot, sectorSize, flagDirectory)...)
+	b = append(b, record(selfID, l.root, l.rootSize, flagDirectory)...)
 	b = append(b, text("", 4*128+3*37)...) // volume set, publisher, preparer, application; three files with notices
 	for range 4 {                          // created, modified, expires, effective
 		b = append(b, timeUnset...)

@@ -48,9 +48,7 @@ func NewCommand(m Machine) (Command, error) {
 	}
 	b.base(m)
 	b.boot(m)
-	for i, d := range m.Drives {
-		b.drive(d, slotDrive+i, i == 0 && m.Kernel == nil)
-	}
+	b.drives(m)
 	for _, n := range m.NICs {
 		b.nic(n)
 	}
@@ -175,19 +173,6 @@ func (b *builder) boot(m Machine) {
 	}
 }
 
-// drive is a chain of block nodes from the lowest layer up, and a virtio disk on the last.
-func (b *builder) drive(d Drive, slot int, boot bool) {
-	b.nodes(d)
-	args := []string{"drive=" + d.ID}
-	if d.Serial != "" {
-		args = append(args, "serial="+d.Serial)
-	}
-	if boot {
-		args = append(args, "bootindex=0")
-	}
-	b.add("-device", device("virtio-blk-pci", d.ID, slot, args...))
-}
-
 // blockdev is QAPI's BlockdevOptions, as far as it is used. It is given to QEMU as JSON: only there can "no lower
 // layer" be said (null). Without it QEMU would open the path that the image's header names.
 type blockdev struct {
@@ -201,6 +186,7 @@ type blockdev struct {
 	Discard      string           `json:"discard,omitempty"` // unmap: what the guest trims is freed in the file
 }
 
+// nodes is a drive's chain of block nodes, from the lowest layer up.
 func (b *builder) nodes(d Drive) {
 	if d.Backing != nil {
 		b.nodes(*d.Backing)

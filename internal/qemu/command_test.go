@@ -85,6 +85,21 @@ var goldens = []struct {
 		}
 		return m
 	}},
+	{"disk-scsi", func(t testing.TB) Machine {
+		m := diskVM(t)
+		m.DiskBus = VirtioSCSI
+		m.Drives = append(m.Drives, Drive{ID: "data0", Format: "qcow2", File: file(t, "data"), ReadOnly: true, Serial: "x"}, Drive{ID: "seed", Format: "raw", File: file(t, "seed"), CDROM: true})
+		return m
+	}},
+	{"disk-sata", func(t testing.TB) Machine {
+		m := diskVM(t)
+		m.DiskBus = SATA
+		for i := range 6 {
+			m.Drives = append(m.Drives, Drive{ID: fmt.Sprintf("data%d", i), Format: "raw", File: file(t, "data")})
+		}
+		m.Drives = append(m.Drives, Drive{ID: "seed", Format: "raw", File: file(t, "seed"), CDROM: true})
+		return m
+	}},
 	{"disk-arm64", func(t testing.TB) Machine {
 		m := diskVM(t)
 		m.Arch, m.Firmware, m.Drives = "arm64", file(t, "uefi"), []Drive{overlay(t)}

@@ -52,6 +52,7 @@ type Machine struct {
 	Firmware       *os.File // read like Kernel; nil: SeaBIOS on amd64. arm64 has no other way to boot from a drive.
 
 	Drives  []Drive  // the first is the boot disk; at most MaxDrives
+	DiskBus DiskBus  // of all drives
 	NICs    []Netdev // at most MaxNICs, in the guest's order, as far as Slot says no other
 	VFIO    []VFIO   // PCI functions of the host; with NICs at most MaxNICs
 	Console *os.File // one end of a socketpair: the first serial port; nil: none
@@ -74,8 +75,8 @@ type Drive struct {
 	Device   bool // File is a block device of the host
 	ReadOnly bool
 	Backing  *Drive // read-only lower layer of a qcow2 overlay whose header names none; its Serial is not used
-	// CDROM marks a seed: always read-only, never booted. It is a virtio disk all the same: cloud-init finds it by its
-	// file system's label, and an IDE controller would be one more emulated device for the guest to attack.
+	// CDROM marks a seed: always read-only, never booted. On virtio and SCSI it is a disk all the same: cloud-init finds it
+	// by its file system's label, and an IDE controller would be one more emulated device for the guest to attack.
 	CDROM  bool
 	Serial string // what the guest reads as the disk's serial number: at most 20 printable ASCII bytes; optional
 }
@@ -209,7 +210,11 @@ func (m *Machine) check() error {
 	bad(len(m.Drives) > 0 && m.Drives[0].CDROM && m.Kernel == nil, "drive %q: a seed cannot be the boot disk", m.firstDrive())
 	bad(len(m.Drives) > MaxDrives, "%d drives: use at most %d", len(m.Drives), MaxDrives)
 	bad(len(m.NICs)+len(m.VFIO) > MaxNICs, "%d NICs: use at most %d", len(m.NICs)+len(m.VFIO), MaxNICs)
+	if err := m.checkBus(); err != nil {
+		errs = append(errs, err)
+	}
 	ids := map[string]bool{
+		idSCSI: true, idSATA + "0": true, idSATA + "1": true, idSATA + "2": true,
 		idRNG: true, idPanic: true, idConsole: true, idQMP: true, idIOMMU: true, idSerial: true, idAgent: true, idBalloon: true,
 	}
 	for i := range m.Drives {

@@ -117,6 +117,8 @@ func TestArm64Starts(t *testing.T) {
 	} {
 		m.Binary, m.Arch, m.CPUs = binary, "arm64", 9 // one more than version 2 of the interrupt controller has
 		m.Drives = []Drive{{ID: "disk0", Format: "raw", File: f}}
+		_, m.Agent = socketPair(t, "agent")
+		m.Balloon = true
 		g := boot(t, m)
 		if s, err := g.Status(within(t)); err != nil || s != "running" {
 			t.Errorf("status %q, %v", s, err)

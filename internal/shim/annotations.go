@@ -45,7 +45,8 @@ var annotations = map[string]func(w *wishes, value string) error{
 		w.cfg.NTP = strings.Fields(strings.ReplaceAll(v, ",", " "))
 		return nil
 	},
-	"image": func(w *wishes, v string) error { w.image = v; return nil },
+	"disk-bus": func(w *wishes, v string) error { w.cfg.DiskBus = v; return nil },
+	"image":    func(w *wishes, v string) error { w.image = v; return nil },
 	"image-format": func(w *wishes, v string) error {
 		w.cfg.Image = &vm.Disk{Format: v}
 		return nil
@@ -54,6 +55,7 @@ var annotations = map[string]func(w *wishes, value string) error{
 	"initrd":              func(w *wishes, v string) error { w.initrd = v; return nil },
 	"cmdline":             func(w *wishes, v string) error { w.append = &v; return nil },
 	"spoof-check":         func(w *wishes, v string) error { return yes(v, &w.cfg.NoSpoofCheck, false) },
+	"allow-physical":      func(w *wishes, v string) error { return yes(v, &w.cfg.AllowPhysical, true) },
 	"allow-external-dhcp": func(w *wishes, v string) error { return yes(v, &w.cfg.ExternalDHCP, true) },
 	"allow-external-ra":   func(w *wishes, v string) error { return yes(v, &w.cfg.ExternalRA, true) },
 }

@@ -30,9 +30,10 @@ func TestWishes(t *testing.T) {
 			"virtlet.cloud/ssh-keys": "ssh-ed25519 AAAA", "virtlet.cloud/ntp": "192.0.2.1, 192.0.2.2", "virtlet.cloud/image": "/disk/a.img",
 			"virtlet.cloud/image-format": "raw", "virtlet.cloud/seed": "nocloud", "virtlet.cloud/network-config": "v2", "virtlet.cloud/guest-network": "static", "virtlet.cloud/instance-id": "i1",
 			"virtlet.cloud/kernel": "/k", "virtlet.cloud/initrd": "/i", "virtlet.cloud/cmdline": line,
+			"virtlet.cloud/disk-bus": "scsi", "virtlet.cloud/allow-physical": "true",
 		}}, wishes{
 			cfg: vm.Config{
-				CPUs: 2, Memory: 512, Accel: "tcg", UserData: []byte("#cloud-config\n"), SSHKeys: []string{"ssh-ed25519 AAAA"},
+				DiskBus: "scsi", AllowPhysical: true, CPUs: 2, Memory: 512, Accel: "tcg", UserData: []byte("#cloud-config\n"), SSHKeys: []string{"ssh-ed25519 AAAA"},
 				Seed: "nocloud", NetworkConfig: "v2", GuestNetwork: "static", InstanceID: "i1",
 				NTP: []string{"192.0.2.1", "192.0.2.2"}, Image: &vm.Disk{Format: "raw"},
 			}, image: "/disk/a.img", kernel: "/k", initrd: "/i", append: &line,

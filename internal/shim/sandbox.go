@@ -40,6 +40,7 @@ func (d *daemon) prepare(ctx context.Context, b *bundle) error {
 		return err
 	}
 	cfg.NTP, cfg.NoSpoofCheck, cfg.ExternalDHCP, cfg.ExternalRA = w.cfg.NTP, w.cfg.NoSpoofCheck, w.cfg.ExternalDHCP, w.cfg.ExternalRA
+	cfg.AllowPhysical = w.cfg.AllowPhysical
 	cfg.CPUs, cfg.Memory = w.size(podResources(b.spec.Annotations))
 	if path := b.mounted("/etc/resolv.conf"); path != "" {
 		text, err := readSmall(path)
@@ -117,7 +118,11 @@ func (d *daemon) guestConfig(b *bundle, rootfs string) (vm.Config, error) {
 	if err := checkMounts(b); err != nil {
 		return cfg, err
 	}
+	if cfg.Volumes, err = volumes(b); err != nil {
+		return cfg, err
+	}
 	cfg.CPUs, cfg.Memory = w.size(b.spec.Linux.Resources)
+	cfg.DiskBus = w.cfg.DiskBus
 	cfg.Accel, cfg.UserData, cfg.SSHKeys = w.cfg.Accel, w.cfg.UserData, w.cfg.SSHKeys
 	cfg.Seed, cfg.NetworkConfig, cfg.GuestNetwork, cfg.InstanceID = w.cfg.Seed, w.cfg.NetworkConfig, w.cfg.GuestNetwork, w.cfg.InstanceID
 	if cfg.Disks, cfg.Root, err = blockDevices(b); err != nil || cfg.Root {
@@ -126,27 +131,31 @@ func (d *daemon) guestConfig(b *bundle, rootfs string) (vm.Config, error) {
 	return cfg, findMedia(rootfs, w, &cfg)
 }
 
-// checkMounts refuses volumes whose data the user would think safe and lose. What is read-only or ephemeral is left out:
-// the guest does not have it, and nothing is lost (docs/kubernetes.md).
+// checkMounts refuses volumes whose data the user would think safe and lose. What is ephemeral is left out: the guest does
+// not have it, and nothing is lost (docs/kubernetes.md).
 func checkMounts(b *bundle) error {
 	var errs []error
 	for _, m := range b.spec.Mounts {
-		writable := true
-		for _, o := range m.Options {
-			writable = writable && o != "ro"
-		}
-		if m.Type != "bind" || !writable || ephemeral(m) {
+		if m.Type != "bind" || readOnly(m) || ephemeral(m) {
 			continue
 		}
-		errs = append(errs, fmt.Errorf("volume at %s: a guest cannot have a directory of the node; give it a block volume (volumeMode: Block, volumeDevices), or mount it read-only and do without", m.Destination))
+		errs = append(errs, fmt.Errorf("volume at %s: a guest cannot have a directory of the node; give it a block volume (volumeMode: Block, volumeDevices), or mount it read-only, as a copy", m.Destination))
 	}
 	return errors.Join(errs...)
 }
 
-// ephemeral says whether a mount is one that every pod has, or that ends with its pod.
-func ephemeral(m specs.Mount) bool {
+// everyPod says whether a mount is one that every container has, of the kubelet's or the manager's own.
+func everyPod(m specs.Mount) bool {
 	switch m.Destination {
 	case "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/dev/shm", "/dev/termination-log", "/run/.containerenv":
+		return true
+	}
+	return false
+}
+
+// ephemeral says whether a mount is one that every pod has, or that ends with its pod.
+func ephemeral(m specs.Mount) bool {
+	if everyPod(m) {
 		return true
 	}
 	if strings.Contains(m.Source, "/kubernetes.io~empty-dir/") || strings.HasPrefix(m.Destination, "/var/run/secrets/kubernetes.io/") {

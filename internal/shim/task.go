@@ -144,6 +144,7 @@ func (d *daemon) boot(ctx context.Context, t *task) error {
 	t.cancel = cancel
 	d.mu.Unlock()
 	guest, err := d.pod.Boot(ctx, t.cfg)
+	t.cfg.Volumes = vm.Volumes{} // the guest has them
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	t.cancel = nil

@@ -24,12 +24,14 @@ type Config struct {
 	CPUs   int    `json:"cpus"`
 	Memory int64  `json:"memory"` // MiB
 
-	Image  *Disk  `json:"image,omitempty"` // boot disk; never written, an overlay takes the writes
-	Disks  []Disk `json:"disks,omitempty"` // further disks, written in place
-	Root   bool   `json:"root,omitempty"`  // boot from Disks[0]; Image is nil then
-	Kernel string `json:"kernel,omitempty"`
-	Initrd string `json:"initrd,omitempty"`
-	Append string `json:"append,omitempty"`
+	Image *Disk  `json:"image,omitempty"` // boot disk; never written, an overlay takes the writes
+	Disks []Disk `json:"disks,omitempty"` // further disks, written in place
+	Root  bool   `json:"root,omitempty"`  // boot from Disks[0]; Image is nil then
+	// DiskBus is how the guest reaches its disks: virtio, scsi (virtio-scsi), sata; "": virtio.
+	DiskBus string `json:"diskBus,omitempty"`
+	Kernel  string `json:"kernel,omitempty"`
+	Initrd  string `json:"initrd,omitempty"`
+	Append  string `json:"append,omitempty"`
 
 	// Networks are attached in this order. Start fills in ContainerID and NetNS.
 	Networks []cni.Attachment `json:"networks,omitempty"`
@@ -79,6 +81,7 @@ type Config struct {
 	Pod     string          `json:"pod,omitempty"`
 	DiskDir string          `json:"diskDir,omitempty"` // where the overlay goes; "": to the VM's other files
 	Inside  bool            `json:"-"`                 // this process lives in NetNS, which is not the node's
+	Volumes Volumes         `json:"-"`                 // a disk of files; Secrets are among them
 	Started func(int) error `json:"-"`                 // called with QEMU's pid before its guest runs; an error ends the start
 
 	Log *slog.Logger `json:"-"` // what happens while the guest runs; nil: nobody listens
@@ -98,6 +101,9 @@ const (
 	qemuImg       = "qemu-img"
 	defaultQueues = 8 // at most; more queues than that gain nothing and cost memory in guest and host
 )
+
+// diskBuses are the values of DiskBus.
+var diskBuses = map[string]qemu.DiskBus{"": qemu.VirtioBlock, "virtio": qemu.VirtioBlock, "scsi": qemu.VirtioSCSI, "sata": qemu.SATA}
 
 // clone gives a copy that shares nothing that Start changes.
 func (c Config) clone() Config {
@@ -135,8 +141,12 @@ func (c *Config) check(boots bool) error {
 	bad(boots && c.Image == nil && c.Kernel == "" && !c.Root, "nothing to boot: give an IMAGE, --disk PATH --root, or --kernel")
 	bad(c.Root && (c.Image != nil || c.Kernel != ""), "--root boots from the first --disk: leave IMAGE and --kernel out")
 	bad(c.Root && (len(c.Disks) == 0 || c.Disks[0].ReadOnly), "--root boots from the first --disk, and writes to it: give one, without ro")
+	_, ok := diskBuses[c.DiskBus]
+	bad(!ok, "disk-bus %q: use virtio, scsi or sata", c.DiskBus)
+	bad(c.DiskBus == "sata" && slices.ContainsFunc(c.Disks, func(d Disk) bool { return d.ReadOnly }), "disk-bus sata: a disk there cannot be read-only: use virtio or scsi")
 	bad(c.Kernel == "" && (c.Initrd != "" || c.Append != ""), "--initrd and --append need --kernel")
-	bad(len(c.Disks) > maxDisks, "%d disks: use at most %d", len(c.Disks), maxDisks)
+	most := maxDisks - min(1, len(c.Volumes.Mounts))
+	bad(len(c.Disks) > most, "%d disks: use at most %d", len(c.Disks), most)
 	bad(c.NetNS != "" && len(c.Networks) > 0, "--netns joins a configured namespace: it cannot go with --network")
 	bad(c.NetNS == "" && len(c.Networks) == 0, "no network: give one, or a namespace to join")
 	bad(!slices.Contains([]string{"", "auto", "kvm", "tcg"}, c.Accel), "accel %q: use auto, kvm or tcg", c.Accel)

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/agent"
+	"github.com/virtlet/virtlet/internal/cloudinit"
 	"github.com/virtlet/virtlet/internal/image"
 	"github.com/virtlet/virtlet/internal/qemu"
 )
@@ -24,6 +25,7 @@ type media struct {
 	baseInfo       image.Info
 	overlay        *os.File // what the guest writes
 	seed           *os.File
+	volumes        *os.File
 	disks          []*os.File
 	infos          []image.Info // of disks
 }
@@ -34,7 +36,7 @@ func (m *media) Close() error {
 		return nil
 	}
 	var errs []error
-	for _, f := range append([]*os.File{m.kernel, m.initrd, m.firmware, m.base, m.overlay, m.seed}, m.disks...) {
+	for _, f := range append([]*os.File{m.kernel, m.initrd, m.firmware, m.base, m.overlay, m.seed, m.volumes}, m.disks...) {
 		if f != nil {
 			errs = append(errs, f.Close())
 		}
@@ -144,7 +146,7 @@ func (v *VM) machine(consoleEnd, qmpEnd, agentEnd *os.File) (qemu.Machine, error
 	m := qemu.Machine{
 		Binary: v.cfg.QEMU, Arch: arch, Name: v.cfg.Name, Accel: accel, CPUs: v.cfg.CPUs, Memory: v.cfg.Memory,
 		Kernel: v.media.kernel, Initrd: v.media.initrd, Firmware: v.media.firmware, Append: v.cfg.Append, Console: consoleEnd, QMP: qmpEnd,
-		Agent: agentEnd,
+		Agent: agentEnd, DiskBus: diskBuses[v.cfg.DiskBus],
 	}
 	// The first drive is the one that is booted: the image, or with Root the first disk.
 	if v.media.base != nil {
@@ -161,6 +163,11 @@ func (v *VM) machine(consoleEnd, qmpEnd, agentEnd *os.File) (qemu.Machine, error
 	}
 	if v.media.seed != nil {
 		m.Drives = append(m.Drives, qemu.Drive{ID: "seed", Format: string(image.Raw), File: v.media.seed, ReadOnly: true, CDROM: true})
+	}
+	if v.media.volumes != nil {
+		m.Drives = append(m.Drives, qemu.Drive{
+			ID: "volumes", Format: string(image.Raw), File: v.media.volumes, ReadOnly: true, CDROM: true, Serial: cloudinit.VolumesLabel,
+		})
 	}
 	for i, p := range v.ports {
 		if vf := p.VF; vf != nil {

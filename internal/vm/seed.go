@@ -146,12 +146,15 @@ func (v *VM) makeSeed() (string, error) {
 			}
 		}
 	}
+	if err := v.makeVolumes(); err != nil {
+		return "", err
+	}
 	if kind == "" {
 		return "none", nil
 	}
 	seed := cloudinit.Seed{
 		Kind: kind, InstanceID: v.cfg.instance(v.id), Hostname: v.cfg.Hostname, SSHKeys: v.cfg.SSHKeys, UserData: v.cfg.UserData,
-		EveryBoot: v.cfg.Root,
+		EveryBoot: v.cfg.Root, Mounts: v.cfg.Volumes.Mounts,
 	}
 	if version != cloudinit.NoNetwork {
 		network, notes, err := cloudinit.NewNetwork(version, v.interfaces())

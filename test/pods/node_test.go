@@ -53,11 +53,20 @@ default_runtime_name = "virtlet"
 runtime_type = "io.containerd.virtlet.v2"
 pod_annotations = ["virtlet.cloud/*"]
 container_annotations = ["virtlet.cloud/*"]
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.virtlet-two]
+runtime_type = "io.containerd.virtlet.v2"
+pod_annotations = ["virtlet.cloud/*"]
+cni_conf_dir = "DIR/two.d"
+cni_max_conf_num = 2
 `
 
 const network = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": "cni0", "isGateway": true, "mtu": 1430,
 "ipam": {"type": "host-local", "dataDir": "/run/ipam", "ranges": [[{"subnet": "198.51.100.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
 {"type": "portmap", "snat": true, "capabilities": {"portMappings": true}}]}`
+
+// secondNetwork is of the handler virtlet-two, beside the first. Its name comes before that of the first.
+const secondNetwork = `{"cniVersion": "1.0.0", "name": "data", "plugins": [{"type": "bridge", "bridge": "cni1", "mtu": 1400,
+"ipam": {"type": "host-local", "dataDir": "/run/ipam", "ranges": [[{"subnet": "203.0.113.0/24"}]]}}]}`
 
 // newNode makes a machine where containerd runs with the handler.
 func newNode(t *testing.T) *node {
@@ -85,6 +94,8 @@ func newMachine(t *testing.T) *node {
 	n.cgroup = fmt.Sprintf("/virtlet-test-%d", os.Getpid())
 	n.write("config.toml", strings.NewReplacer("PLUGINS", testnet.Plugins(t), "DIR", n.dir).Replace(configuration))
 	n.write("net.d/10-pods.conflist", network)
+	n.write("two.d/10-pods.conflist", network)
+	n.write("two.d/20-second.conflist", secondNetwork)
 	shim := filepath.Join(n.dir, "bin")
 	build := exec.Command("go", "build", "-o", shim+"/", "github.com/virtlet/virtlet/cmd/...")
 	if given := os.Getenv("VIRTLET_BIN"); given != "" {
@@ -297,7 +308,7 @@ func (n *node) state() []string {
 	}
 	for line := range strings.Lines(links) {
 		name, _, _ := strings.Cut(strings.Fields(line)[0], "@")
-		if name != "lo" && name != "cni0" {
+		if name != "lo" && name != "cni0" && name != "cni1" {
 			all = append(all, "link "+name)
 		}
 	}

@@ -27,6 +27,7 @@ type pod struct {
 	id      string
 	config  *cri.PodSandboxConfig
 	devices []*cri.Device // of its container
+	mounts  []*cri.Mount
 	tries   uint32
 }
 
@@ -59,6 +60,11 @@ func (n *node) runPod(name string, annotations map[string]string) (*pod, error) 
 }
 
 func (n *node) runPodWith(name string, change func(*cri.PodSandboxConfig)) (*pod, error) {
+	return n.runPodOf("virtlet", name, change)
+}
+
+// runPodOf makes a pod of another handler.
+func (n *node) runPodOf(handler, name string, change func(*cri.PodSandboxConfig)) (*pod, error) {
 	p := &pod{node: n, config: &cri.PodSandboxConfig{
 		Metadata: &cri.PodSandboxMetadata{Name: name, Uid: name + "-uid", Namespace: "default"},
 		Hostname: name, LogDirectory: filepath.Join(n.dir, "log", name),
@@ -68,7 +74,7 @@ func (n *node) runPodWith(name string, change func(*cri.PodSandboxConfig)) (*pod
 		},
 	}}
 	change(p.config)
-	r, err := n.runtime.RunPodSandbox(n.limit(), &cri.RunPodSandboxRequest{Config: p.config, RuntimeHandler: "virtlet"})
+	r, err := n.runtime.RunPodSandbox(n.limit(), &cri.RunPodSandboxRequest{Config: p.config, RuntimeHandler: handler})
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +89,7 @@ func (p *pod) create(name string) (string, error) {
 		PodSandboxId: p.id, SandboxConfig: p.config,
 		Config: &cri.ContainerConfig{
 			Metadata: &cri.ContainerMetadata{Name: name, Attempt: p.tries}, Image: &cri.ImageSpec{Image: guestImage}, Stdin: true,
-			LogPath: fmt.Sprintf("%d.log", p.tries), Devices: p.devices,
+			LogPath: fmt.Sprintf("%d.log", p.tries), Devices: p.devices, Mounts: p.mounts,
 			Linux: &cri.LinuxContainerConfig{
 				Resources:       &cri.LinuxContainerResources{CpuPeriod: 100000, CpuQuota: 50000, MemoryLimitInBytes: 192 << 20},
 				SecurityContext: &cri.LinuxContainerSecurityContext{},
