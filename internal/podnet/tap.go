@@ -177,8 +177,12 @@ func setMark(conn *packet.Conn) error {
 }
 
 // Renew makes the descriptors of p, whose guest has ended, fit for another. The kernel ties a vhost descriptor to the
-// process that first used it (VHOST_SET_OWNER), and a queue that the guest did not use stays switched off.
+// process that first used it (VHOST_SET_OWNER), and that of a PCI function to the first IOMMU context
+// (VFIO_DEVICE_BIND_IOMMUFD); a queue that the guest did not use stays switched off.
 func (p *Port) Renew() error {
+	if p.VF != nil {
+		return p.VF.renew()
+	}
 	for i, f := range p.Taps {
 		if len(p.Taps) == 1 {
 			break // not a multi-queue TAP: nothing to switch

@@ -40,6 +40,24 @@ type Passed struct {
 	IOMMU  *os.File // /dev/iommu; of several ports, the first that has Device has it for all
 }
 
+// renew opens the files again that QEMU was given.
+func (p *Passed) renew() error {
+	for _, f := range []**os.File{&p.Device, &p.IOMMU} {
+		if *f == nil {
+			continue // QEMU opens the group itself
+		}
+		name := (*f).Name()
+		err := (*f).Close()
+		if *f = nil; err == nil {
+			*f, err = os.OpenFile(name, os.O_RDWR, 0)
+		}
+		if err != nil {
+			return fmt.Errorf("open PCI function %s for another guest: %w", p.BDF, err)
+		}
+	}
+	return nil
+}
+
 // machine is what is around the namespace, as far as PCI functions go.
 type machine struct {
 	fs       pci.FS

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -421,4 +422,43 @@ func mustAttrs(b []byte) []syscall.NetlinkRouteAttr {
 		panic(err)
 	}
 	return attrs
+}
+
+// A guest that is started again in the same pod gets the function by new descriptors: the old ones are tied to the IOMMU
+// context of the guest before.
+func TestPassedAgain(t *testing.T) {
+	n := newNode(t, "igbvf")
+	n.Cdev()
+	o := Options{IOMMUFD: true}
+	h := record(t, n, o)
+	p, err := n.machine("boot").take(h, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	device, iommu := p.Device, p.IOMMU
+	if device == nil || iommu == nil {
+		t.Fatalf("passed %+v", p)
+	}
+	port := &Port{VF: p}
+	if err := port.Renew(); err != nil {
+		t.Fatal(err)
+	}
+	if p.Device == device || p.IOMMU == iommu || p.Device.Name() != device.Name() || p.IOMMU.Name() != iommu.Name() {
+		t.Errorf("renewed %+v", p)
+	}
+	if err := device.Close(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("the old descriptor is open: %v", err)
+	}
+	if err := os.Remove(p.Device.Name()); err != nil {
+		t.Fatal(err)
+	}
+	if err := port.Renew(); err == nil || !strings.Contains(err.Error(), vfAddr) {
+		t.Errorf("a function that has gone: %v", err)
+	}
+	if err := port.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := (&Port{VF: &Passed{BDF: vfAddr, Group: "/dev/vfio/15"}}).Renew(); err != nil {
+		t.Errorf("a function by its group: %v", err)
+	}
 }

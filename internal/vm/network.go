@@ -231,7 +231,10 @@ func (v *VM) options(ctx context.Context, nics []nic.NIC) (podnet.Options, error
 	}
 	var err error
 	if slices.ContainsFunc(nics, func(n nic.NIC) bool { return n.VF != nil }) {
-		o.IOMMUFD, err = qemu.TakesVFIODescriptors(ctx, v.cfg.QEMU)
+		var binary string // a pod's guest is not known yet
+		if binary, err = qemu.Find(v.cfg.QEMU, arch); err == nil {
+			o.IOMMUFD, err = qemu.TakesVFIODescriptors(ctx, binary)
+		}
 	}
 	return o, err
 }

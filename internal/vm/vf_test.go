@@ -2,8 +2,11 @@ package vm
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -12,6 +15,7 @@ import (
 	"github.com/virtlet/virtlet/internal/cni"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
+	"github.com/virtlet/virtlet/internal/qemu"
 )
 
 // A plugin's DEL does not run before its function is back, and runs when there is nothing to bring back.
@@ -82,5 +86,39 @@ func TestDevicesOfPod(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
+// What a pod's networks have left in libcni's cache tells which functions are the pod's, and QEMU is asked how it takes
+// them before there is a guest.
+func TestFunctionsOfAPod(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "results"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const entry = `{"kind":"cniCacheV1","containerId":"pod","ifName":"%s","networkName":"%s","netns":"/run/netns/x",
+"config":"eyJjbmlWZXJzaW9uIjoiMS4xLjAiLCJuYW1lIjoiYmx1ZSIsInBsdWdpbnMiOlt7InR5cGUiOiJzcmlvdiJ9XX0=",
+"capabilityArgs":{"deviceID":"%s"},"result":{"cniVersion":"1.1.0","interfaces":[{"name":"%[1]s","sandbox":"/run/netns/x","pciID":"0000:01:10.2"}]}}`
+	for i, text := range []string{fmt.Sprintf(entry, "net1", "blue", "0000:01:10.0"), fmt.Sprintf(entry, "eth0", "zero", "")} {
+		if err := os.WriteFile(filepath.Join(dir, "results", fmt.Sprint(i)), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cfg := Config{NetNS: "/run/netns/x"}
+	if _, err := cfg.FindResults(dir, "pod"); err != nil || len(cfg.Results) != 2 {
+		t.Fatalf("results %+v, %v", cfg.Results, err)
+	}
+	if r := cfg.Results; r[0].IfName != "eth0" || r[1].IfName != "net1" || r[1].Device != "0000:01:10.0" || r[1].Result.Interfaces[0].PciID != "0000:01:10.2" {
+		t.Errorf("results %+v", r)
+	}
+	if got := nic.Functions(cfg.Results, nil); !slices.Contains(got, "0000:01:10.2") {
+		t.Errorf("functions %q", got)
+	}
+	if _, err := exec.LookPath(qemu.DefaultBinary(arch)); err != nil {
+		t.Skip("needs QEMU: ", err)
+	}
+	v := &VM{cfg: Config{CPUs: 1, AllowPhysical: true}}
+	if o, err := v.options(t.Context(), []nic.NIC{{VF: &nic.VF{BDF: "0000:01:10.2"}}}); err != nil || !o.AllowPhysical {
+		t.Errorf("options %+v, %v", o, err)
 	}
 }
