@@ -43,7 +43,12 @@ type Seed struct {
 
 	// Mounts are the paths of the guest at which it finds, at every boot, what a disk of [Volumes] has at the same paths.
 	Mounts []string
+	// Scratch are disks that are mounted at every boot. One that has nothing gets a file system first.
+	Scratch []Scratch
 }
+
+// Scratch is a disk that the guest finds by its serial number, of letters, digits and dashes, and where it mounts that.
+type Scratch struct{ Serial, Path string }
 
 // metaData is NoCloud's meta-data.
 type metaData struct {
@@ -69,17 +74,17 @@ const everyBoot = "#cloud-config\n" + `{"updates": {"network": {"when": ["boot-n
 
 // vendorData is what the guest is told beside the user's data, nil for nothing: it stays apart from that.
 func (s Seed) vendorData() []byte {
-	switch {
-	case len(s.Mounts) == 0 && !s.EveryBoot:
+	switch hooks := len(s.Mounts) + len(s.Scratch); {
+	case hooks == 0 && !s.EveryBoot:
 		return nil
-	case len(s.Mounts) == 0:
+	case hooks == 0:
 		return []byte(everyBoot)
 	}
 	type part struct {
 		Type    string `json:"type"`
 		Content string `json:"content"`
 	}
-	parts := []part{{"text/cloud-boothook", mountHook(s.Mounts)}}
+	parts := []part{{"text/cloud-boothook", s.mountHook()}}
 	if s.EveryBoot {
 		parts = append(parts, part{"text/cloud-config", everyBoot})
 	}

@@ -203,23 +203,45 @@ func paths(order binary.AppendByteOrder, dirs []*node) (b []byte) {
 	return b
 }
 
-// mountHook gives a program that cloud-init runs at every boot, before what the user wants to be started: it mounts the disk
-// of volumes, and each part of it where the guest is to have it. What is there already stays.
-func mountHook(mounts []string) string {
+// mountHook gives a program that cloud-init runs at every boot, before what the user wants to be started: it mounts the disks
+// that the guest may write, and of the disk of volumes each part where the guest is to have it. What is mounted already stays.
+func (s Seed) mountHook() string {
 	var b strings.Builder
 	b.WriteString(mountHookStart)
-	for _, m := range mounts {
-		fmt.Fprintf(&b, "volume '%s'\n", strings.ReplaceAll(m, "'", `'\''`))
+	quoted := func(p string) string { return "'" + strings.ReplaceAll(p, "'", `'\''`) + "'" }
+	for _, d := range s.Scratch {
+		fmt.Fprintf(&b, "scratch '%s' %s\n", d.Serial, quoted(d.Path))
+	}
+	if len(s.Mounts) > 0 {
+		b.WriteString(mountHookVolumes)
+	}
+	for _, m := range s.Mounts {
+		fmt.Fprintf(&b, "volume %s\n", quoted(m))
 	}
 	return b.String()
 }
 
+// mountHookStart finds disks by udev's names, which end with the serial number on each bus. blkid(8) ends with 2 where it
+// finds nothing on a disk; it has other codes for what it does not understand, which stays as it is.
 const mountHookStart = `#cloud-boothook
 #!/bin/sh
-# Written by virtlet: the read-only volumes of the pod.
+# Written by virtlet: the volumes of the pod.
 at=/run/virtlet/volumes
-mkdir -p -m 0755 "$at"
-mountpoint -q "$at" || mount -t iso9660 -o ro,nosuid,nodev LABEL=` + VolumesLabel + ` "$at" || exit 1
+
+scratch() { # SERIAL PATH
+	! mountpoint -q "$2" || return 0
+	udevadm settle 2>/dev/null
+	for dev in /dev/disk/by-id/*"$1"; do :; done
+	[ -b "$dev" ] || { echo "virtlet: no disk has the serial number $1" >&2; return; }
+	new=
+	blkid -p "$dev" >/dev/null
+	if [ $? = 2 ]; then
+		mkfs.ext4 -q "$dev" || return
+		new=yes
+	fi
+	mkdir -p "$2" && mount -o nosuid,nodev "$dev" "$2" || return
+	[ -z "$new" ] || chmod 0777 "$2"
+}
 
 volume() { # PATH
 	! mountpoint -q "$1" || return 0
@@ -230,4 +252,9 @@ volume() { # PATH
 	fi
 	mount --bind "$at$1" "$1"
 }
+
+`
+
+const mountHookVolumes = `mkdir -p -m 0755 "$at"
+mountpoint -q "$at" || mount -t iso9660 -o ro,nosuid,nodev LABEL=` + VolumesLabel + ` "$at" || exit 1
 `

@@ -124,16 +124,22 @@ func TestMounts(t *testing.T) {
 	if files, err = s.Files(); err != nil || !strings.Contains(string(files["openstack/latest/vendor_data.json"]), "cloud-config-archive") {
 		t.Errorf("%v, %s", err, files)
 	}
-	hook := strings.Replace(mountHook(s.Mounts), "at=/run/virtlet/volumes\nmkdir -p -m 0755 \"$at\"\n", "", 1)
-	head, calls, _ := strings.Cut(hook, "volume '")
-	if !strings.Contains(head, "mount -t iso9660") {
-		t.Errorf("hook:\n%s", hook)
-	}
-	out, err := exec.Command("sh", "-c", "volume() { printf '<%s>' \"$@\"; }\nvolume '"+calls).CombinedOutput()
-	if err != nil || string(out) != "<"+s.Mounts[0]+">" {
+	s.Scratch = []Scratch{{"empty-0", "/var/it's"}}
+	hook := s.mountHook()
+	if out, err := exec.Command("sh", "-n", "-c", hook).CombinedOutput(); err != nil {
 		t.Errorf("%v: %s", err, out)
 	}
-	if out, err := exec.Command("sh", "-n", "-c", mountHook(s.Mounts)).CombinedOutput(); err != nil {
+	var calls strings.Builder
+	for line := range strings.Lines(hook) {
+		if strings.HasPrefix(line, "volume '") || strings.HasPrefix(line, "scratch '") {
+			calls.WriteString(line)
+		}
+	}
+	out, err := exec.Command("sh", "-c", "volume() { printf '<%s>' \"$@\"; }\nscratch() { volume \"$@\"; }\n"+calls.String()).CombinedOutput()
+	if err != nil || string(out) != "<empty-0></var/it's><"+s.Mounts[0]+">" {
 		t.Errorf("%v: %s", err, out)
+	}
+	if s.Mounts = nil; strings.Contains(s.mountHook(), "iso9660") {
+		t.Error("a disk of volumes is wanted where there is none")
 	}
 }

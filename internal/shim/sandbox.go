@@ -125,14 +125,18 @@ func (d *daemon) guestConfig(b *bundle, rootfs string) (vm.Config, error) {
 	cfg.DiskBus = w.cfg.DiskBus
 	cfg.Accel, cfg.UserData, cfg.SSHKeys = w.cfg.Accel, w.cfg.UserData, w.cfg.SSHKeys
 	cfg.Seed, cfg.NetworkConfig, cfg.GuestNetwork, cfg.InstanceID = w.cfg.Seed, w.cfg.NetworkConfig, w.cfg.GuestNetwork, w.cfg.InstanceID
-	if cfg.Disks, cfg.Root, err = blockDevices(b); err != nil || cfg.Root {
+	if cfg.Disks, cfg.Root, err = blockDevices(b); err != nil {
+		return cfg, err
+	}
+	empty, err := emptyDirs(b)
+	if cfg.Disks = append(cfg.Disks, empty...); err != nil || cfg.Root {
 		return cfg, err
 	}
 	return cfg, findMedia(rootfs, w, &cfg)
 }
 
-// checkMounts refuses volumes whose data the user would think safe and lose. What is ephemeral is left out: the guest does
-// not have it, and nothing is lost (docs/kubernetes.md).
+// checkMounts refuses volumes whose data the user would think safe and lose. What every pod has is left out: the guest does
+// not need it.
 func checkMounts(b *bundle) error {
 	var errs []error
 	for _, m := range b.spec.Mounts {
@@ -158,7 +162,7 @@ func ephemeral(m specs.Mount) bool {
 	if everyPod(m) {
 		return true
 	}
-	if strings.Contains(m.Source, "/kubernetes.io~empty-dir/") || strings.HasPrefix(m.Destination, "/var/run/secrets/kubernetes.io/") {
+	if isEmptyDir(m) || strings.HasPrefix(m.Destination, "/var/run/secrets/kubernetes.io/") {
 		return true
 	}
 	if strings.Contains(m.Source, "/pods/") && strings.Contains(m.Source, "/containers/") { // a termination log elsewhere

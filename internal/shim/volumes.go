@@ -32,9 +32,9 @@ func volumes(b *bundle) (vm.Volumes, error) {
 		if m.Type != "bind" || !readOnly(m) || everyPod(m) {
 			continue
 		}
-		to := path.Clean("/" + m.Destination)
-		if to == "/" || strings.ContainsFunc(to, func(r rune) bool { return r < ' ' || r == 0x7f }) {
-			return v, fmt.Errorf("volume at %q: nothing can be mounted there", m.Destination)
+		to, err := mountPoint(m)
+		if err != nil {
+			return v, err
 		}
 		if err := c.volume(m.Source, to[1:]); err != nil {
 			return v, fmt.Errorf("volume at %s: %w", m.Destination, err)

@@ -135,3 +135,34 @@ func TestVolumesThatAreRefused(t *testing.T) {
 		t.Errorf("no volumes: %+v, %v", v, err)
 	}
 }
+
+// An emptyDir is a disk that outlives the container.
+func TestEmptyDirs(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "volumes", "kubernetes.io~empty-dir", "scratch")
+	if err := os.MkdirAll(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	b := &bundle{spec: specs.Spec{Mounts: []specs.Mount{bound(dir, "/data/", "rw"), bound(dir, "/dev/shm", "rw"), bound("/tmp", "/tmp", "rw")}}}
+	for range 2 {
+		disks, err := emptyDirs(b)
+		want := []vm.Disk{{Path: filepath.Join(dir, emptyDisk), Format: "raw", Serial: "virtlet-empty-0", Mount: "/data"}}
+		if d := cmp.Diff(want, disks); err != nil || d != "" {
+			t.Fatalf("%v, %s", err, d)
+		}
+		fi, err := os.Stat(disks[0].Path)
+		if err != nil || fi.Size() < minEmpty || fi.Size() > maxEmpty || fi.Mode().Perm() != 0o600 {
+			t.Errorf("%v, %v", fi, err)
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(disks[0].Path, &st); err != nil || st.Blocks > 16 {
+			t.Errorf("it takes %d blocks, %v", st.Blocks, err)
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, emptyDisk)); err != nil {
+		t.Fatal(err)
+	}
+	link(t, "/etc/passwd", filepath.Join(dir, emptyDisk))
+	if _, err := emptyDirs(b); err == nil || !strings.Contains(err.Error(), "/data") {
+		t.Errorf("a link in its place: %v", err)
+	}
+}

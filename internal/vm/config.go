@@ -92,6 +92,8 @@ type Disk struct {
 	Path     string `json:"path"`
 	Format   string `json:"format,omitempty"` // raw or qcow2; "": by its header
 	ReadOnly bool   `json:"readOnly,omitempty"`
+	Serial   string `json:"serial,omitempty"` // by which the guest finds it; at most 20 bytes of ASCII
+	Mount    string `json:"mount,omitempty"`  // where cloud-init mounts it, with a file system made if it has nothing; needs Serial
 }
 
 const (

@@ -158,7 +158,7 @@ func (v *VM) machine(consoleEnd, qmpEnd, agentEnd *os.File) (qemu.Machine, error
 	for i, f := range v.media.disks {
 		m.Drives = append(m.Drives, qemu.Drive{
 			ID: fmt.Sprintf("data%d", i), Format: string(v.media.infos[i].Format), File: f,
-			Device: v.media.infos[i].Device, ReadOnly: v.cfg.Disks[i].ReadOnly,
+			Device: v.media.infos[i].Device, ReadOnly: v.cfg.Disks[i].ReadOnly, Serial: v.cfg.Disks[i].Serial,
 		})
 	}
 	if v.media.seed != nil {

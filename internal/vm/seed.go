@@ -156,6 +156,11 @@ func (v *VM) makeSeed() (string, error) {
 		Kind: kind, InstanceID: v.cfg.instance(v.id), Hostname: v.cfg.Hostname, SSHKeys: v.cfg.SSHKeys, UserData: v.cfg.UserData,
 		EveryBoot: v.cfg.Root, Mounts: v.cfg.Volumes.Mounts,
 	}
+	for _, d := range v.cfg.Disks {
+		if d.Mount != "" {
+			seed.Scratch = append(seed.Scratch, cloudinit.Scratch{Serial: d.Serial, Path: d.Mount})
+		}
+	}
 	if version != cloudinit.NoNetwork {
 		network, notes, err := cloudinit.NewNetwork(version, v.interfaces())
 		v.note(notes...)

@@ -232,6 +232,7 @@ func TestPod(t *testing.T) {
 	if err != nil || stats.Stats.Memory.GetWorkingSetBytes().GetValue() < 32<<20 || stats.Stats.Cpu.GetUsageCoreNanoSeconds().GetValue() == 0 {
 		t.Errorf("stats %+v, %v", stats, err)
 	}
+	p.summary()
 	p.refusesSidecar()
 
 	// What is typed reaches the guest, before and after containerd has gone.
@@ -359,6 +360,35 @@ func TestShimKilled(t *testing.T) {
 			return st != nil && st.State == cri.ContainerState_CONTAINER_EXITED
 		})
 		p.remove(before)
+	}
+}
+
+// summary looks at the pod as the kubelet does for its summary: through the manager, or through the process of the sandbox,
+// whose network is counted, and through the pod's cgroup.
+func (p *pod) summary() {
+	p.t.Helper()
+	const least = 32 << 20 // bytes that a guest that has booted has touched
+	r, err := p.runtime.PodSandboxStats(p.limit(), &cri.PodSandboxStatsRequest{PodSandboxId: p.id})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	pod := r.GetStats().GetLinux()
+	if eth0 := pod.GetNetwork().GetDefaultInterface(); eth0.GetName() != "eth0" || eth0.GetRxBytes().GetValue() == 0 || eth0.GetTxBytes().GetValue() == 0 {
+		p.t.Errorf("the pod's traffic: %v", pod.GetNetwork())
+	}
+	if pod.GetMemory().GetWorkingSetBytes().GetValue() < least {
+		p.t.Errorf("the pod's memory: %v", pod.GetMemory())
+	}
+	shim := p.process("containerd-shim-virtlet-v2")
+	dev, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/dev", shim))
+	if err != nil || !strings.Contains(string(dev), "eth0:") {
+		p.t.Errorf("what is counted for the sandbox's process: %v\n%s", err, dev)
+	}
+	for _, pid := range []int{shim, p.process("qemu-system")} {
+		group, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+		if err != nil || !strings.Contains(string(group), p.config.Linux.CgroupParent+"/") {
+			p.t.Errorf("process %d is not in the pod's cgroup: %v\n%s", pid, err, group)
+		}
 	}
 }
 

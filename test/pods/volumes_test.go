@@ -30,7 +30,18 @@ func (n *node) configMap(name string, files map[string]string) string {
 	return dir
 }
 
-// A guest reads the ConfigMaps and Secrets of its pod from a read-only disk, here on SCSI; nothing of them stays on the node.
+// emptyDir makes a volume as the kubelet makes an emptyDir.
+func (n *node) emptyDir(name string) string {
+	n.t.Helper()
+	dir := filepath.Join(n.dir, "pods", "volumes", "kubernetes.io~empty-dir", name)
+	if err := os.MkdirAll(dir, 0o777); err != nil {
+		n.t.Fatal(err)
+	}
+	return dir
+}
+
+// A guest reads the ConfigMaps and Secrets of its pod from a read-only disk, here on SCSI, of which nothing stays on the node.
+// An emptyDir is a disk that the next guest of the pod finds as the first has left it.
 func TestVolumes(t *testing.T) {
 	n := newNode(t)
 	n.images(guest.Extra(t))
@@ -45,14 +56,16 @@ func TestVolumes(t *testing.T) {
 		{HostPath: config, ContainerPath: "/etc/config", Readonly: true},
 		{HostPath: secret, ContainerPath: "/var/run/secrets/kubernetes.io/serviceaccount", Readonly: true},
 		{HostPath: filepath.Join(secret, "token"), ContainerPath: "/etc/one/token", Readonly: true},
+		{HostPath: n.emptyDir("scratch"), ContainerPath: "/data"},
 	}
 	id := p.start("vm")
 	r := p.report()
-	if len(r.Disks) != 1 || r.Disks[0].Name != "sda" || !r.Disks[0].ReadOnly || r.Disks[0].Label != "virtlet-volumes" {
+	if len(r.Disks) != 2 || r.Disks[0].ReadOnly || r.Disks[1].Name != "sdb" || !r.Disks[1].ReadOnly || r.Disks[1].Label != "virtlet-volumes" {
 		t.Errorf("the guest has disks %+v", r.Disks)
 	}
 	p.withAgent(id)
-	p.shell(id, "mkdir /run/v && mount -t iso9660 -o ro /dev/sda /run/v")
+	p.shell(id, "mke2fs /dev/sda && mkdir /run/d && mount -t ext4 /dev/sda /run/d && echo kept >/run/d/file && umount /run/d")
+	p.shell(id, "mkdir /run/v && mount -t iso9660 -o ro /dev/sdb /run/v")
 	for line, want := range map[string]string{
 		"cat /run/v/etc/config/App.Properties /run/v/etc/config/.hidden":  "a=1\nb=2",
 		"cat /run/v/var/run/secrets/kubernetes.io/serviceaccount/token":   "s3cret",
@@ -73,6 +86,15 @@ func TestVolumes(t *testing.T) {
 			}
 			return nil
 		})
+	}
+	if _, err := n.runtime.StopContainer(n.limit(), &cri.StopContainerRequest{ContainerId: id}); err != nil {
+		t.Error(err)
+	}
+	id = p.start("vm")
+	p.report()
+	p.withAgent(id)
+	if got := p.shell(id, "mkdir /run/d && mount -t ext4 /dev/sda /run/d && cat /run/d/file"); got != "kept" {
+		t.Errorf("the next guest finds %q", got)
 	}
 	p.remove(before)
 
