@@ -34,7 +34,7 @@ func main() {
 	if err == nil && out.err != nil && !errors.Is(out.err, unix.EPIPE) { // `virtlet run ... | head`: it was enough
 		err = fmt.Errorf("write standard output: %w", out.err)
 	}
-	if err != nil {
+	if ended := guestExit(0); err != nil && !errors.As(err, &ended) {
 		fmt.Fprintln(a.err, "virtlet:", indent(err.Error()))
 	}
 	os.Exit(exitCode(err))
@@ -62,7 +62,7 @@ const (
 	exitQEMU     = 4 // QEMU ended by itself
 	exitKilled   = 5 // the guest was killed by the user
 
-	exitUnconnected = 255 // of `virtlet ssh`, as of ssh: there was no connection
+	exitUnconnected = 255 // of `virtlet ssh`, as of ssh, and of `virtlet exec`: there was no connection
 )
 
 const exitHelp = `Exit codes:
@@ -79,9 +79,12 @@ func exitCode(err error) int {
 	var end *vm.Exit
 	var remote *supervisorError
 	var unconnected sshError
+	var ended guestExit
 	switch {
 	case err == nil:
 		return 0
+	case errors.As(err, &ended):
+		return int(ended)
 	case errors.As(err, &unconnected):
 		return exitUnconnected
 	case errors.As(err, &remote):
@@ -144,8 +147,8 @@ addresses, its routes, DNS and MTU, at layer 2 and without NAT.
 		}
 		return nil
 	}
-	cmd.AddCommand(a.runCmd(), a.superviseCmd(), a.psCmd(), a.inspectCmd(), a.logsCmd(), a.consoleCmd(), a.sshCmd(), a.stopCmd(),
-		a.rmCmd(), a.gcCmd(), a.checkCmd(), a.nodeCmd(), a.versionCmd())
+	cmd.AddCommand(a.runCmd(), a.superviseCmd(), a.psCmd(), a.inspectCmd(), a.logsCmd(), a.consoleCmd(), a.sshCmd(), a.execCmd(),
+		a.stopCmd(), a.rmCmd(), a.gcCmd(), a.checkCmd(), a.nodeCmd(), a.versionCmd())
 	strict(cmd)
 	return cmd
 }

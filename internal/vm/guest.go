@@ -280,6 +280,9 @@ func (v *VM) awaitQEMU(ctx context.Context) (string, error) {
 		}
 		return "", err
 	}
+	if v.execs, err = newExecServer(v.store, v.cfg.Name, v.Guest); err != nil {
+		return "", err
+	}
 	// QEMU has its copies of all files. The TAPs are kept: our sockets on them end in their own time.
 	if err := v.media.Close(); err != nil {
 		return "", err

@@ -69,6 +69,7 @@ type Guest struct {
 	monitor *qemu.Monitor
 	console *console
 	agent   *agent.Client
+	execs   *execServer
 	memory  int64       // MiB that it was booted with
 	fixed   bool        // and has until its end
 	killed  atomic.Bool // by Kill
@@ -233,6 +234,9 @@ func (g *Guest) close() error {
 	}
 	if g.agent != nil {
 		errs = append(errs, g.agent.Close())
+	}
+	if g.execs != nil {
+		errs = append(errs, g.execs.Close())
 	}
 	errs = append(errs, g.media.Close())
 	if g.console != nil {

@@ -26,7 +26,7 @@ func TestDebian(t *testing.T) {
 	before := n.state()
 	p, err := n.runPod("debian", map[string]string{
 		"virtlet.cloud/memory":    "512M",
-		"virtlet.cloud/user-data": "#cloud-config\nruncmd: [cp /etc/app/it's/App.conf /root/seen, touch /run/ready]\n",
+		"virtlet.cloud/user-data": "#cloud-config\nruncmd: [[cp, /etc/app/it's/App.conf, /root/seen], touch /run/ready]\n",
 	})
 	if err != nil {
 		t.Fatal(err)
