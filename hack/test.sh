@@ -16,7 +16,7 @@ if [ "${1-}" = lab ]; then
 	exec go test -count=1 -timeout 30m ./test/lab "${@:2}"
 fi
 if [ "${1-}" = guest ]; then
-	exec go test -count=1 -timeout 30m ./test -v -run '^TestDebian' "${@:2}"
+	exec go test -count=1 -p 1 -timeout 30m ./test ./test/pods -v -run '^TestDebian' "${@:2}"
 fi
 if [ $# -gt 0 ]; then
 	exec go test -p 1 -timeout 30m "$@" ./...
