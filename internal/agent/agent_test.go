@@ -115,6 +115,29 @@ func TestExec(t *testing.T) {
 	}
 }
 
+// Ends that no program of Linux has are not taken for success, nor for others.
+func TestEnds(t *testing.T) {
+	for said, want := range map[string]Result{
+		`"exitcode": 0`: {Code: 0}, `"exitcode": 254`: {Code: 254}, `"exitcode": 256`: {Code: 255}, `"exitcode": -1073741819`: {Code: 255},
+		`"signal": 15`: {Code: -1, Signal: 15}, `"signal": 0`: {Code: 255}, `"signal": 4096`: {Code: 255}, `"out-truncated": false`: {Code: 255},
+	} {
+		c := newGuest(t, func(g *guest) {
+			g.synced()
+			g.asked()
+			g.says(`{"return": {"pid": 17}}`)
+			g.asked()
+			g.says(`{"return": {"exited": true, %s}}`, said)
+		})
+		e, err := c.Exec(t.Context(), Command{Args: []string{"true"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r, err := e.Wait(t.Context()); err != nil || r.Code != want.Code || r.Signal != want.Signal {
+			t.Errorf("%s: %+v, %v", said, r, err)
+		}
+	}
+}
+
 // What a guest may say instead of what it should.
 func TestHostileGuests(t *testing.T) {
 	tests := []struct {

@@ -18,8 +18,8 @@ type Command struct {
 
 // Result is the end of a program, and what it said.
 type Result struct {
-	Code           int // -1 when a signal ended it
-	Signal         int // 0: none
+	Code           int // 0 to 255, as an exit code of Linux; -1 when a signal ended it
+	Signal         int // 0: none; at most 127
 	Stdout, Stderr []byte
 	Truncated      bool // the agent has not kept all of it
 }
@@ -38,6 +38,11 @@ const (
 	lastLook  = 500 * time.Millisecond
 	// killTime is how long a program may take to end after SIGKILL, until it is given up.
 	killTime = 5 * time.Second
+)
+
+const (
+	lost      = 255 // an exit code that is not known, or none of Linux's
+	maxSignal = 128 // signals are less: they share a byte with exit codes
 )
 
 // ErrGivenUp says that a program was killed and has not ended, or that nothing tells that it has.
@@ -114,12 +119,12 @@ func (e *Exec) look(ctx context.Context) (r Result, ended bool, err error) {
 	if err := e.c.do(ctx, "guest-exec-status", map[string]int64{"pid": e.pid}, &st); err != nil || !st.Exited {
 		return Result{}, false, err
 	}
-	r = Result{Code: -1, Stdout: st.Out, Stderr: st.Err, Truncated: st.OutTruncated || st.ErrTruncated}
+	r = Result{Code: lost, Stdout: st.Out, Stderr: st.Err, Truncated: st.OutTruncated || st.ErrTruncated}
 	switch {
-	case st.Code != nil:
+	case st.Code != nil && *st.Code >= 0 && *st.Code < lost: // Windows has others
 		r.Code = int(*st.Code)
-	case st.Signal != nil:
-		r.Signal = int(*st.Signal)
+	case st.Signal != nil && *st.Signal > 0 && *st.Signal < maxSignal:
+		r.Code, r.Signal = -1, int(*st.Signal)
 	}
 	return r, true, nil
 }

@@ -5,6 +5,8 @@
 // calculate, the caller owns the writer. The user's text reaches the guest byte by byte as it was given. Everything of
 // ours is in a file of its own and written as JSON, which cloud-init reads as YAML, so that no name and no key can
 // become another setting. [InUserData] is the exception to both: there a boot hook of ours is put beside the user's text.
+//
+// [Volumes] makes a volume of another kind: files of the user's, which a seed can have mounted.
 package cloudinit
 
 import (

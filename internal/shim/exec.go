@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -183,6 +184,10 @@ func (d *daemon) attendExec(ctx context.Context, p *process, guest *vm.Guest) {
 		}
 	}
 	d.finishExec(p, code)
+	const much = 1 << 20 // bytes: of a probe it would not be worth the time
+	if len(r.Stdout)+len(r.Stderr) > much {
+		debug.FreeOSMemory()
+	}
 }
 
 func (d *daemon) runExec(ctx context.Context, p *process, guest *vm.Guest) (vm.ExecResult, error) {
