@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -59,13 +60,10 @@ func TestVolumes(t *testing.T) {
 		{HostPath: n.emptyDir("scratch"), ContainerPath: "/data"},
 	}
 	id := p.start("vm")
-	r := p.report()
-	if len(r.Disks) != 2 || r.Disks[0].ReadOnly || r.Disks[1].Name != "sdb" || !r.Disks[1].ReadOnly || r.Disks[1].Label != "virtlet-volumes" {
-		t.Errorf("the guest has disks %+v", r.Disks)
-	}
+	empty, volumes := p.scsiDisks()
 	p.withAgent(id)
-	p.shell(id, "mke2fs /dev/sda && mkdir /run/d && mount -t ext4 /dev/sda /run/d && echo kept >/run/d/file && umount /run/d")
-	p.shell(id, "mkdir /run/v && mount -t iso9660 -o ro /dev/sdb /run/v")
+	p.shell(id, fmt.Sprintf("mke2fs %s && mkdir /run/d && mount -t ext4 %[1]s /run/d && echo kept >/run/d/file && umount /run/d", empty))
+	p.shell(id, "mkdir /run/v && mount -t iso9660 -o ro "+volumes+" /run/v")
 	for line, want := range map[string]string{
 		"cat /run/v/etc/config/App.Properties /run/v/etc/config/.hidden":  "a=1\nb=2",
 		"cat /run/v/var/run/secrets/kubernetes.io/serviceaccount/token":   "s3cret",
@@ -91,9 +89,9 @@ func TestVolumes(t *testing.T) {
 		t.Error(err)
 	}
 	id = p.start("vm")
-	p.report()
+	empty, _ = p.scsiDisks()
 	p.withAgent(id)
-	if got := p.shell(id, "mkdir /run/d && mount -t ext4 /dev/sda /run/d && cat /run/d/file"); got != "kept" {
+	if got := p.shell(id, "mkdir /run/d && mount -t ext4 "+empty+" /run/d && cat /run/d/file"); got != "kept" {
 		t.Errorf("the next guest finds %q", got)
 	}
 	p.remove(before)
@@ -114,6 +112,25 @@ func TestVolumes(t *testing.T) {
 		t.Errorf("a volume of 1 GiB: %v", err)
 	}
 	p.remove(before)
+}
+
+// scsiDisks gives the devices of the guest's two disks. The kernel looks for SCSI disks in parallel: sda may be either.
+func (p *pod) scsiDisks() (empty, volumes string) {
+	p.t.Helper()
+	disks := p.report().Disks
+	for _, d := range disks {
+		switch {
+		case !strings.HasPrefix(d.Name, "sd"):
+		case d.ReadOnly && d.Label == "virtlet-volumes":
+			volumes = "/dev/" + d.Name
+		case !d.ReadOnly:
+			empty = "/dev/" + d.Name
+		}
+	}
+	if len(disks) != 2 || empty == "" || volumes == "" {
+		p.t.Fatalf("the guest has disks %+v", disks)
+	}
+	return empty, volumes
 }
 
 // A handler with two networks: the guest has both, in the order of the interfaces, whichever is ready first.
