@@ -13,7 +13,7 @@ DEBIAN = $$([ "$$(id -u)/$$(uname -m)" != 0/x86_64 ] || hack/debian.sh)
 VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 .NOTPARALLEL: # the tests want the machine to themselves
-.PHONY: help setup build plugins image guest debian demo test test-guest lab-table lab-sriov lint bench install uninstall clean
+.PHONY: help setup build plugins image guest debian demo test test-guest test-containerd lab-table lab-sriov lint bench bench-pods install uninstall clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +48,9 @@ test: setup build plugins ## run every check and test
 test-guest: setup build plugins ## run the tests that boot a whole Debian alone
 	@debian=$$(hack/debian.sh) && VIRTLET_DEBIAN="$$debian" hack/test.sh guest
 
+test-containerd: setup build plugins ## run the tests of pods with three containerds, crictl and critest: some minutes
+	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/pods.sh
+
 lab-table: setup build plugins ## run all labs of CNI plugins and write their table to docs/networking.md
 	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh lab -update
 
@@ -62,6 +65,9 @@ lint: ## run the checks without the tests
 
 bench: setup build plugins ## run the benchmarks
 	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/test.sh -run '^$$' -bench . -benchmem
+
+bench-pods: setup build plugins ## compare pods with those of runc
+	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/pods.sh bench
 
 install: ## install virtlet, the shim and the plugins below PREFIX (/usr/local)
 	@[ -x bin/virtlet ] && [ -d bin/cni ] || $(MAKE) --no-print-directory build plugins

@@ -20,7 +20,13 @@ if [ ! -d "$cache/$key" ]; then
 	new=$(mktemp -d "$cache/new.XXXXXX")
 	trap 'rm -rf "$new"' EXIT
 	chmod 0755 "$new"
-	go build -trimpath -buildvcs=false -ldflags "-s -w" -o "$new/" "${tools[@]}"
+	# A tool that consists of tests alone is a test's program.
+	mapfile -t programs < <(go list -f '{{if .GoFiles}}{{.ImportPath}}{{end}}' tool | sed '/^$/d')
+	mapfile -t tests < <(go list -f '{{if not .GoFiles}}{{.ImportPath}}{{end}}' tool | sed '/^$/d')
+	[ ${#programs[@]} = 0 ] || go build -trimpath -buildvcs=false -ldflags "-s -w" -o "$new/" "${programs[@]}"
+	for t in "${tests[@]}"; do
+		go test -c -trimpath -buildvcs=false -ldflags "-s -w" -o "$new/$(basename "$t")" "$t"
+	done
 	mv -T "$new" "$cache/$key" 2>/dev/null || [ -d "$cache/$key" ] # somebody else was faster
 fi
 echo "$cache/$key"

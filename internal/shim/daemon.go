@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -38,6 +39,7 @@ type daemon struct {
 	mu    sync.Mutex
 	tasks map[string]*task
 
+	rest  *time.Timer // gives back the memory that making a part of the pod took
 	ended sync.Once
 	quit  chan struct{} // closed by Shutdown
 }
@@ -45,13 +47,23 @@ type daemon struct {
 func newDaemon(s Shim, namespace, id, events string, log *slog.Logger) *daemon {
 	return &daemon{
 		Shim: s, id: id, namespace: namespace, log: log, events: newPublisher(events, namespace, log),
-		tasks: map[string]*task{}, quit: make(chan struct{}),
+		tasks: map[string]*task{}, quit: make(chan struct{}), rest: time.AfterFunc(restAfter, giveBack),
 	}
 }
 
 // gcPercent makes the collector run early: there is one daemon for each pod, whose memory is the pod's overhead, and it
 // has hardly anything to do.
 const gcPercent = 20
+
+// restAfter is when a pod is at rest: what it took to make a part of it is not needed again for long, and given back then,
+// not while somebody waits for an answer.
+const restAfter = time.Second
+
+// giveBack gives memory that is not used to the system. What pools hold is free after the second collection only.
+func giveBack() {
+	runtime.GC()
+	debug.FreeOSMemory()
+}
 
 // goodbye is how long the last answers may take.
 const goodbye = 3 * time.Second
@@ -96,6 +108,7 @@ func (d *daemon) run(l net.Listener) error {
 		return err
 	}
 	register(server, d)
+	defer d.rest.Stop()
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(context.Background(), l) }()
 	select {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"os"
-	"runtime/debug"
 
 	"github.com/containerd/containerd/api/events"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v2"
@@ -55,6 +54,7 @@ func (d *daemon) Create(ctx context.Context, r *taskapi.CreateTaskRequest) (*tas
 	d.tasks[t.id] = t
 	d.mu.Unlock()
 	d.events.send("/tasks/create", taskCreated(t))
+	d.rest.Reset(restAfter)
 	return &taskapi.CreateTaskResponse{Pid: uint32(t.pid)}, nil
 }
 
@@ -86,7 +86,7 @@ func (d *daemon) Start(ctx context.Context, r *taskapi.StartRequest) (*taskapi.S
 			return nil, status.Error(codes.Unknown, one(err))
 		}
 	}
-	debug.FreeOSMemory() // what a start takes is not needed again for long
+	d.rest.Reset(restAfter)
 	d.events.send("/tasks/start", &events.TaskStart{ContainerID: t.id, Pid: uint32(t.pid)})
 	return &taskapi.StartResponse{Pid: uint32(t.pid)}, nil
 }

@@ -33,8 +33,12 @@ import (
 //	containerd 2.x      before 2.3 as 1.7; since then a protobuf on standard input, and one as the answer
 //	CRI-O               MAX_SHIM_VERSION=2, no TTRPC_ADDRESS; JSON, of version 2 at most
 //
-// Version 2 of the answer does for all: the daemon serves both names of the task service.
-const answerVersion = 2
+// The answer's version is that of the task service that the manager then calls. The daemon serves both; whoever reads the
+// protobuf knows version 3, and CRI-O refuses it.
+const (
+	jsonVersion     = 2
+	protobufVersion = 3
+)
 
 // listenFD is the daemon's socket, the first descriptor beside the standard ones.
 const listenFD = 3
@@ -74,14 +78,14 @@ func (c *call) start() ([]byte, error) {
 func (c *call) answer(input []byte, address string) ([]byte, error) {
 	var params bootstrap.BootstrapParams
 	if len(input) > 0 && proto.Unmarshal(input, &params) == nil && params.InstanceID == c.id && params.Namespace == c.namespace {
-		return proto.Marshal(&bootstrap.BootstrapResult{Version: answerVersion, Address: address, Protocol: "ttrpc"})
+		return proto.Marshal(&bootstrap.BootstrapResult{Version: protobufVersion, Address: address, Protocol: "ttrpc"})
 	}
 	if c.getenv("MAX_SHIM_VERSION") != "" {
 		return json.Marshal(struct {
 			Version  int    `json:"version"`
 			Address  string `json:"address"`
 			Protocol string `json:"protocol"`
-		}{answerVersion, address, "ttrpc"})
+		}{jsonVersion, address, "ttrpc"})
 	}
 	return []byte(address), nil
 }

@@ -64,7 +64,7 @@ func TestDialects(t *testing.T) {
 					t.Errorf("got %q, %v", got, err)
 				}
 			case protobuf:
-				if err := proto.Unmarshal(got, &p); err != nil || p.Version != 2 || p.Address != address || p.Protocol != "ttrpc" {
+				if err := proto.Unmarshal(got, &p); err != nil || p.Version != 3 || p.Address != address || p.Protocol != "ttrpc" {
 					t.Errorf("got %q, %v", got, err)
 				}
 			}

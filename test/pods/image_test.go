@@ -18,13 +18,20 @@ type file struct {
 	data []byte
 }
 
-// writeImage makes a tar as of `docker save`: an image with one layer and a command, which Kubernetes insists on.
-func writeImage(t *testing.T, ref string, files ...file) string {
+// writeImage makes a tar as of `docker save`: an image with one layer and a command, which Kubernetes insists on and no
+// VM runs.
+func writeImage(t testing.TB, ref string, files ...file) string {
+	t.Helper()
+	return writeProgram(t, ref, []string{"vm"}, files...)
+}
+
+// writeProgram is writeImage with a command that is run.
+func writeProgram(t testing.TB, ref string, command []string, files ...file) string {
 	t.Helper()
 	layer := pack(t, files...)
 	sum := sha256.Sum256(layer)
 	config, err := json.Marshal(map[string]any{
-		"architecture": runtime.GOARCH, "os": "linux", "config": map[string]any{"Cmd": []string{"vm"}},
+		"architecture": runtime.GOARCH, "os": "linux", "config": map[string]any{"Cmd": command},
 		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + hex.EncodeToString(sum[:])}},
 	})
 	if err != nil {
@@ -42,7 +49,7 @@ func writeImage(t *testing.T, ref string, files ...file) string {
 	return path
 }
 
-func pack(t *testing.T, files ...file) []byte {
+func pack(t testing.TB, files ...file) []byte {
 	t.Helper()
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
@@ -52,7 +59,7 @@ func pack(t *testing.T, files ...file) []byte {
 				t.Fatal(err)
 			}
 		}
-		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: f.name, Mode: 0o644, Size: int64(len(f.data))}); err != nil {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: f.name, Mode: 0o755, Size: int64(len(f.data))}); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := w.Write(f.data); err != nil {

@@ -45,6 +45,9 @@ func (n *node) check(what string, args ...string) vm.Finding {
 // cannot be uninstalled under the pod, and afterwards the configuration is byte for byte what it was.
 func TestInstalled(t *testing.T) {
 	n := newMachine(t)
+	if !strings.HasPrefix(n.version, "1.") {
+		t.Skip("the configuration that is cut here is that of containerd 1")
+	}
 	config, bin := filepath.Join(n.dir, "config.toml"), filepath.Join(n.dir, "bin") // which is in containerd's PATH
 	if err := os.Rename(bin, filepath.Join(n.dir, "from")); err != nil {
 		t.Fatal(err)

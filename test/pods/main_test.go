@@ -59,6 +59,7 @@ func runNode(containerd []string) error {
 		return err
 	}
 	var pid int
+	go reap()
 	fmt.Println("ready")
 	lines := bufio.NewScanner(os.Stdin)
 	for lines.Scan() {
@@ -70,7 +71,6 @@ func runNode(containerd []string) error {
 				return err
 			}
 			pid = p.Pid
-			go reap()
 		case "kill":
 			if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 				return err

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -25,88 +26,80 @@ import (
 
 // node is a machine with containerd and the shim on it.
 type node struct {
-	t      *testing.T
-	dir    string // shared with the node: logs, images, configuration
-	bin    string // containerd's programs
-	holder *exec.Cmd
-	stdin  io.WriteCloser
-	answer *bufio.Reader
-	cgroup string // above those of its pods
+	t       testing.TB
+	dir     string // shared with the node: logs, images, configuration
+	bin     string // containerd's programs; "": it has none
+	version string // containerd's
+	holder  *exec.Cmd
+	stdin   io.WriteCloser
+	answer  *bufio.Reader
+	cgroup  string // above those of its pods
 
 	runtime cri.RuntimeServiceClient
 }
 
-const configuration = `version = 2
-oom_score = 0
-disabled_plugins = ["io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs",
-  "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing"]
-[plugins."io.containerd.grpc.v1.cri"]
-sandbox_image = "localhost/pause:1"
-restrict_oom_score_adj = true
-disable_apparmor = true
-[plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "PLUGINS"
-conf_dir = "DIR/net.d"
-[plugins."io.containerd.grpc.v1.cri".containerd]
-default_runtime_name = "virtlet"
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.virtlet]
-runtime_type = "io.containerd.virtlet.v2"
-pod_annotations = ["virtlet.cloud/*"]
-container_annotations = ["virtlet.cloud/*"]
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.virtlet-two]
-runtime_type = "io.containerd.virtlet.v2"
-pod_annotations = ["virtlet.cloud/*"]
-cni_conf_dir = "DIR/two.d"
-cni_max_conf_num = 2
-`
-
-const network = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge", "bridge": "cni0", "isGateway": true, "mtu": 1430,
-"ipam": {"type": "host-local", "dataDir": "/run/ipam", "ranges": [[{"subnet": "198.51.100.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
-{"type": "portmap", "snat": true, "capabilities": {"portMappings": true}}]}`
-
-// secondNetwork is of the handler virtlet-two, beside the first. Its name comes before that of the first.
-const secondNetwork = `{"cniVersion": "1.0.0", "name": "data", "plugins": [{"type": "bridge", "bridge": "cni1", "mtu": 1400,
-"ipam": {"type": "host-local", "dataDir": "/run/ipam", "ranges": [[{"subnet": "203.0.113.0/24"}]]}}]}`
-
-// newNode makes a machine where containerd runs with the handler.
-func newNode(t *testing.T) *node {
+// newNode makes a node where containerd runs with the handler.
+func newNode(t testing.TB) *node {
 	t.Helper()
 	n := newMachine(t)
 	n.startContainerd()
 	return n
 }
 
-// newMachine makes a machine where containerd has not been started yet.
-func newMachine(t *testing.T) *node {
+// newMachine makes a node where containerd has not been started yet.
+func newMachine(t testing.TB) *node {
+	t.Helper()
+	n := newBare(t)
+	n.bin = os.Getenv("VIRTLET_CONTAINERD")
+	if n.bin == "" {
+		t.Skip("needs containerd: set VIRTLET_CONTAINERD to what hack/containerd.sh prints")
+	}
+	n.version = containerdVersion(t, n.bin)
+	t.Log("containerd ", n.version)
+	n.write("config.toml", configuration(n.version, n.dir, testnet.Plugins(t)))
+	n.write("net.d/10-pods.conflist", network)
+	n.write("two.d/10-pods.conflist", network)
+	n.write("two.d/20-second.conflist", secondNetwork)
+	n.start()
+	return n
+}
+
+// newBare prepares a node without anything on it but the shim; start starts it.
+func newBare(t testing.TB) *node {
 	t.Helper()
 	testnet.NeedRoot(t)
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
 		t.Skip("needs QEMU: ", err)
 	}
-	bin := os.Getenv("VIRTLET_CONTAINERD")
-	if bin == "" {
-		t.Skip("needs containerd: set VIRTLET_CONTAINERD to what hack/containerd.sh prints")
-	}
-	n := &node{t: t, dir: t.TempDir(), bin: bin}
+	n := &node{t: t, dir: t.TempDir()}
 	if err := os.Chmod(filepath.Dir(n.dir), 0o711); err != nil {
 		t.Fatal(err)
 	}
 	n.cgroup = fmt.Sprintf("/virtlet-test-%d", os.Getpid())
-	n.write("config.toml", strings.NewReplacer("PLUGINS", testnet.Plugins(t), "DIR", n.dir).Replace(configuration))
-	n.write("net.d/10-pods.conflist", network)
-	n.write("two.d/10-pods.conflist", network)
-	n.write("two.d/20-second.conflist", secondNetwork)
-	shim := filepath.Join(n.dir, "bin")
-	build := exec.Command("go", "build", "-o", shim+"/", "github.com/virtlet/virtlet/cmd/...")
+	build := exec.Command("go", "build", "-o", filepath.Dir(n.shim())+"/", "github.com/virtlet/virtlet/cmd/...")
 	if given := os.Getenv("VIRTLET_BIN"); given != "" {
-		build = exec.Command("install", "-D", "-t", shim, given, filepath.Join(filepath.Dir(given), "containerd-shim-virtlet-v2"))
+		build = exec.Command("install", "-D", "-t", filepath.Dir(n.shim()), given, filepath.Join(filepath.Dir(given), "containerd-shim-virtlet-v2"))
 	}
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%s: %v: %s", build, err, out)
 	}
+	return n
+}
+
+// shim is where the shim is.
+func (n *node) shim() string { return filepath.Join(n.dir, "bin/containerd-shim-virtlet-v2") }
+
+// path is where the node's programs are found.
+func (n *node) path() string {
+	all := []string{filepath.Dir(n.shim()), n.bin, os.Getenv("VIRTLET_RUNC"), os.Getenv("PATH")}
+	return strings.Join(slices.DeleteFunc(all, func(dir string) bool { return dir == "" }), ":")
+}
+
+// start starts the node, with nothing running on it.
+func (n *node) start() {
+	n.t.Helper()
 	n.holder = exec.Command("/proc/self/exe")
-	n.holder.Env = append(os.Environ(), "PATH="+shim+":"+os.Getenv("PATH"), "NODE_LOG="+n.dir+"/containerd.log",
-		nodeEnv+"="+bin+"/containerd --config "+n.dir+"/config.toml")
+	n.holder.Env = append(os.Environ(), "PATH="+n.path(), "NODE_LOG="+n.dir+"/containerd.log", nodeEnv+"="+n.bin+"/containerd --config "+n.dir+"/config.toml")
 	// It ends when its standard input does, and so with this process.
 	n.holder.SysProcAttr = &unix.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
@@ -114,19 +107,18 @@ func newMachine(t *testing.T) *node {
 	n.holder.Stderr = os.Stderr
 	var err error
 	if n.stdin, err = n.holder.StdinPipe(); err != nil {
-		t.Fatal(err)
+		n.t.Fatal(err)
 	}
 	out, err := n.holder.StdoutPipe()
 	if err != nil {
-		t.Fatal(err)
+		n.t.Fatal(err)
 	}
 	n.answer = bufio.NewReader(out)
 	if err := n.holder.Start(); err != nil {
-		t.Fatal(err)
+		n.t.Fatal(err)
 	}
-	t.Cleanup(n.end)
+	n.t.Cleanup(n.end)
 	n.await("ready")
-	return n
 }
 
 // end takes the node away, and shows containerd's log of a test that failed.
@@ -209,17 +201,24 @@ func (n *node) startContainerd() {
 	}
 	n.t.Cleanup(func() { conn.Close() })
 	n.runtime = cri.NewRuntimeServiceClient(conn)
+	var said string
+	defer func() {
+		if n.t.Failed() {
+			n.t.Log("containerd said last: ", said)
+		}
+	}()
 	n.eventually("containerd is ready", func() bool {
 		st, err := n.runtime.Status(n.t.Context(), &cri.StatusRequest{})
-		if err != nil {
+		if said = fmt.Sprint(st, err); err != nil {
 			return false
 		}
+		ready := 0
 		for _, c := range st.Status.Conditions {
-			if !c.Status {
-				return false
+			if c.Status && (c.Type == "RuntimeReady" || c.Type == "NetworkReady") { // others are warnings
+				ready++
 			}
 		}
-		return true
+		return ready == 2
 	})
 }
 
@@ -243,9 +242,16 @@ func (n *node) run(args ...string) (string, error) {
 
 // virtlet runs the command on the node.
 func (n *node) virtlet(args ...string) (string, error) {
-	at := []string{"-m", "-n", "-p", "-t", fmt.Sprint(n.holder.Process.Pid), filepath.Join(n.dir, "bin", "virtlet")}
-	out, err := exec.Command("nsenter", append(at, args...)...).CombinedOutput()
+	out, err := n.enter("/", append([]string{filepath.Join(filepath.Dir(n.shim()), "virtlet")}, args...)...).CombinedOutput()
 	return string(out), err
+}
+
+// enter prepares a program that runs on the node as any other of its processes, in a directory.
+func (n *node) enter(dir string, args ...string) *exec.Cmd {
+	args = append([]string{"-m", "-n", "-p", "-i", "-u", "-t", fmt.Sprint(n.holder.Process.Pid), "sh", "-c", `cd "$0" && exec "$@"`, dir}, args...)
+	cmd := exec.Command("nsenter", args...)
+	cmd.Env = append(os.Environ(), "PATH="+n.path())
+	return cmd
 }
 
 // load gives containerd an image.
@@ -358,6 +364,21 @@ func (n *node) process(text string) int {
 		n.t.Fatalf("%d processes %q in %v", len(found), text, n.processes())
 	}
 	return found[0]
+}
+
+// rollup reads a value of a process's memory (/proc/PID/smaps_rollup), in MB; 0 when it has ended.
+func (n *node) rollup(pid int, key string) float64 {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); f[0] == key {
+			kB, err := strconv.ParseFloat(f[1], 64)
+			if err != nil {
+				n.t.Fatal(err)
+			}
+			return kB * 1024 / 1e6
+		}
+	}
+	return 0
 }
 
 // limit bounds one call of CRI.

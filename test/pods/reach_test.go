@@ -30,7 +30,7 @@ func TestReach(t *testing.T) {
 	client := n.client()
 	before := n.state()
 	const hostPort = 8080
-	p, err := n.runPodWith("web", func(c *cri.PodSandboxConfig) {
+	p, err := n.runPodWith("virtlet", "web", func(c *cri.PodSandboxConfig) {
 		c.PortMappings = []*cri.PortMapping{{Protocol: cri.Protocol_TCP, ContainerPort: 80, HostPort: hostPort}}
 	})
 	if err != nil {

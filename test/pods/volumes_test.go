@@ -138,7 +138,7 @@ func TestTwoNetworks(t *testing.T) {
 	n := newNode(t)
 	n.images()
 	before := n.state()
-	p, err := n.runPodOf("virtlet-two", "web", func(*cri.PodSandboxConfig) {})
+	p, err := n.runPodWith("virtlet-two", "web", func(*cri.PodSandboxConfig) {})
 	if err != nil {
 		t.Fatal(err)
 	}
