@@ -13,10 +13,10 @@ DEBIAN = $$([ "$$(id -u)/$$(uname -m)" != 0/x86_64 ] || hack/debian.sh)
 VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 .NOTPARALLEL: # the tests want the machine to themselves
-.PHONY: help setup build plugins image guest debian demo test test-guest test-containerd lab-table lab-sriov lint bench bench-pods install uninstall clean
+.PHONY: help setup build plugins image guest debian demo test test-guest test-containerd lab-table lab-sriov lab-kubernetes lint bench bench-pods install uninstall clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: ## install the Debian packages and the Go that are missing
 	@hack/setup.sh
@@ -59,6 +59,10 @@ lab-%: setup build plugins ## run the lab of one CNI plugin: make lab-flannel
 
 lab-sriov: setup build plugins ## give VFs of an emulated SR-IOV card to guests: 4 GB of memory, some minutes
 	@CGO_ENABLED=0 VIRTLET_LAB_SRIOV=1 go test -count=1 -timeout 22m -v ./test/sriov
+
+lab-kubernetes: setup build plugins ## run pods on a whole Kubernetes of one node: 4 GB of memory, some minutes, and its build once
+	@guest=$(GUEST) && CGO_ENABLED=0 VIRTLET_LAB_KUBERNETES=1 VIRTLET_GUEST="$$guest" VIRTLET_CNI_BIN=$(CURDIR)/bin/cni \
+		go test -count=1 -timeout 90m -v ./test/kubernetes
 
 lint: ## run the checks without the tests
 	@hack/lint.sh

@@ -53,12 +53,15 @@ var edges = map[string][]string{
 	"test/sriov":         nil,
 	"test/lab/replay":    {"internal/netns", "internal/nic", "internal/podnet", "internal/testnet"},
 	"test/pods":          nil,
+
+	"test/kubernetes":         nil,
+	"test/kubernetes/cluster": nil, // a module of its own
 }
 
 // testOnly are packages that nothing but tests, and they themselves, may import or be part of.
 var testOnly = []string{
 	"internal/testnet", "internal/testpci", "test", "test/guest", "test/guest/build", "test/lab", "test/lab/replay", "test/pods",
-	"test/sriov",
+	"test/sriov", "test/kubernetes", "test/kubernetes/cluster",
 }
 
 // guarded are imports that have one place: the first row whose prefix fits says who may have them outside of tests.
