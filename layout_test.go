@@ -70,6 +70,7 @@ var guarded = []struct {
 	by     []string
 }{
 	{"github.com/vishvananda/netlink", []string{"internal/netns", "internal/podnet", "internal/testnet", "test/lab/replay"}},
+	{"github.com/cilium/ebpf", []string{"internal/podnet"}},
 	{"github.com/vishvananda/netns", nil}, // a door of its own into namespaces
 	{"github.com/containernetworking/cni/pkg/types", []string{"internal/cni", "internal/nic", "internal/vm"}},
 	{"github.com/containernetworking/cni", []string{"internal/cni"}},

@@ -357,13 +357,17 @@ func function(f vm.VF, p vm.PortState) string {
 
 // datapath says how a NIC's TAP is joined to its link.
 func datapath(p vm.PortState) string {
+	how, why := fmt.Sprintf("%s to and from %s by %s", p.Datapath, p.Link, cmp.Or(string(p.Engine), "nftables")), ""
 	switch {
 	case p.Tap == p.Link:
-		return "as it was made"
+		how = "as it was made"
 	case p.Bridge != "":
-		return "bridge " + p.Bridge
+		how = "bridge " + p.Bridge
 	}
-	return fmt.Sprintf("%s to and from %s", p.Datapath, p.Link)
+	if p.Why != "" {
+		why = " (" + p.Why + ")"
+	}
+	return how + why
 }
 
 func join[T fmt.Stringer](all []T) string {

@@ -112,6 +112,7 @@ func (f *runFlags) register(fs *pflag.FlagSet) {
 	fs.StringArrayVar(&f.cfg.Search, "dns-search", nil, "DNS search domain; repeatable")
 	fs.StringArrayVar(&f.cfg.NTP, "ntp", nil, "time server that DHCP tells the guest; repeatable")
 	fs.BoolVar(&f.spoofCheck, "spoof-check", true, "drop what the guest sends from addresses that are not its own; not on NICs without addresses")
+	fs.StringVar(&f.cfg.Datapath, "datapath", "", "join NICs and TAPs by bridge, redirect (eBPF) or auto: a bridge, and redirect where none can serve (default auto)")
 	fs.BoolVar(&f.cfg.AllowPhysical, "allow-physical", false, "give the guest also PCI network cards that are no SR-IOV virtual functions")
 	fs.BoolVar(&f.cfg.ExternalDHCP, "allow-external-dhcp", false, "the guest asks the DHCP servers of its networks; ours is off, and so is --spoof-check")
 	fs.BoolVar(&f.cfg.ExternalRA, "allow-external-ra", false, "the guest hears the IPv6 routers of its networks; ours is off, and so is --spoof-check")

@@ -23,7 +23,7 @@ func (l *Link) refused() string {
 	switch {
 	case l.ParentBus == busPCI, l.Kind == kindVeth, l.Kind == kindMacvlan:
 		return ""
-	case l.Kind == kindIPvlan && l.Mode == modeL2:
+	case (l.Kind == kindIPvlan || l.Kind == kindNetkit) && l.Mode == modeL2:
 		return ""
 	case l.Kind == kindIPvlan:
 		return `which has Ethernet for a guest in mode l2 alone: set "mode": "l2" in its CNI configuration, or use macvlan`
@@ -37,8 +37,8 @@ func (l *Link) refused() string {
 		return "which carries packets without Ethernet: make it a TAP (`ip tuntap add mode tap`, or the CNI plugin tap)"
 	case l.Kind == "macvtap" || l.Kind == "ipvtap":
 		return "whose frames go to a character device and not to the namespace: use the CNI plugin macvlan, to which a guest is joined without one"
-	case l.Kind == kindNetkit && l.Mode == "l3":
-		return "which carries packets without Ethernet: let its CNI plugin make a veth (Cilium: datapath mode veth)"
+	case l.Kind == kindNetkit:
+		return "which has Ethernet for a guest in mode l2 alone: let its CNI plugin make a veth (Cilium: datapath mode veth)"
 	}
 	return "which no guest can be joined to: " + use
 }

@@ -27,8 +27,7 @@ func TestPlanKinds(t *testing.T) {
 		{"tun", "tun", "which carries packets without Ethernet: make it a TAP"},
 		{"macvtap", "", "whose frames go to a character device and not to the namespace: use the CNI plugin macvlan"},
 		{"ipvtap", "", "whose frames go to a character device"},
-		{"netkit", "l3", "which carries packets without Ethernet: let its CNI plugin make a veth"},
-		{"netkit", "l2", "which no guest can be joined to: use"},
+		{"netkit", "l3", "which has Ethernet for a guest in mode l2 alone: let its CNI plugin make a veth"},
 		{"wireguard", "", "which no guest can be joined to: use"},
 	} {
 		how := ""
@@ -46,6 +45,7 @@ func TestPlanKinds(t *testing.T) {
 	tap := of("eth0", 4, "tun", "tap")
 	bridge, port := eth("br0", 2, "10.9.0.1/24").with(kind("bridge")), eth("up0", 3).with(master("br0"))
 	run(t, append(rows, []row{
+		{name: "netkit l2", as: as, links: []Link{of("eth0", 2, "netkit", "l2")}, want: served},
 		{name: "ipvlan l2", as: as, links: []Link{of("eth0", 2, "ipvlan", "l2")}, want: served},
 		{name: "TAP", as: as, links: []Link{tap}, want: served},
 		{name: "TAP that somebody holds", links: []Link{tap.with(inUse)}, err: `interface "eth0" (no CNI result names it) is of kind "tun" in mode "tap", which a program holds open`},

@@ -1,6 +1,7 @@
 package podnet
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,7 +33,7 @@ type attempt struct {
 
 	joints   []*joint
 	rtnl     *nl.SocketHandle // for set
-	nfnl     chan int         // gets one value: a socket for filter once all TAPs are there, or noSocket
+	ready    chan opened      // gets one value, once all TAPs are there
 	filtered chan error       // gets one value: how laying the filters ended
 }
 
@@ -41,6 +42,15 @@ type joint struct {
 	Port
 	link   *nic.Link    // as Observe saw it
 	bridge netlink.Link // of a join by bridge
+
+	peer  bool      // of a redirect by eBPF: whether it is to the link's peer
+	progs []*loaded // of the same
+}
+
+// opened is what filter waits for.
+type opened struct {
+	ok   bool // all is there
+	nfnl int  // a socket for nftables, or noSocket
 }
 
 // way is how one datapath is made, in three steps of every NIC in turn. Filters are laid beside the second.
@@ -63,29 +73,44 @@ const noSocket = -1
 func newAttempt(ns *netns.NS, rec Record, nics []nic.NIC, o Options) *attempt {
 	return &attempt{
 		kernel: kernel{h: ns.Netlink(), nft: ns.Nftables()}, rec: rec, nics: nics, o: o,
-		nfnl: make(chan int, 1), filtered: make(chan error, 1),
+		ready: make(chan opened, 1), filtered: make(chan error, 1),
 	}
 }
 
 // filter lays the filters while attach goes on with the links that it has made. (While it makes them would be no gain:
-// the kernel lets a new link wait for a batch.) It ends before attach does.
+// the kernel lets a new link wait for a batch.) Programs it loads, and attach puts them in place. It ends before attach does.
 func (a *attempt) filter() {
 	b := filters(a.rec.Joins, a.nics, a.o.Policies)
-	fd := <-a.nfnl
-	if fd == noSocket {
+	on := <-a.ready
+	if !on.ok {
 		a.filtered <- nil
 		return
 	}
-	for _, j := range a.joints { // they are all there now
-		b.addForwards(j)
+	var err error
+	if b != nil {
+		for _, j := range a.joints { // they are all there now
+			b.addForwards(j)
+		}
+		b.addLocalhost(a.joints)
+		if err = cmp.Or(a.lacks(needNftables), b.send(on.nfnl)); err != nil {
+			err = &lack{needNftables, fmt.Errorf("add filters: %w (needs %s)", err, strings.Join(filterConfigs(a.rec.Joins), ", "))}
+		}
+		unix.Close(on.nfnl)
 	}
-	b.addLocalhost(a.joints)
-	err := b.send(fd)
-	unix.Close(fd)
-	if err != nil {
-		err = fmt.Errorf("add filters: %w (needs %s)", err, strings.Join(filterConfigs(a.rec.Joins), ", "))
+	for _, j := range a.joints {
+		if err == nil && j.Join.engine() == EBPF {
+			err = j.named(a.load(j, localAddrs(a.rec.Joins)))
+		}
 	}
 	a.filtered <- err
+}
+
+// lacks is the error that a test wants.
+func (a *attempt) lacks(n need) error {
+	if a.o.fail == nil {
+		return nil
+	}
+	return a.o.fail(n)
 }
 
 // attach makes the ports inside the namespace. All filters are there before the first frame can pass. The ports own
@@ -96,10 +121,10 @@ func (a *attempt) attach(ctx context.Context) ([]*Port, error) {
 		defer a.rtnl.Socket.Close()
 	}
 	nfnl := noSocket
-	if err == nil {
+	if err == nil && a.rec.hasTable() {
 		nfnl, err = openNetfilter()
 	}
-	a.nfnl <- nfnl
+	a.ready <- opened{err == nil, nfnl}
 	ports := make([]*Port, 0, len(a.joints))
 	for _, j := range a.joints {
 		ports = append(ports, &j.Port)
@@ -110,7 +135,16 @@ func (a *attempt) attach(ctx context.Context) ([]*Port, error) {
 			err = j.named(ways[j.Join.datapath()].join(a, j))
 		}
 	}
-	if err = errors.Join(err, <-a.filtered); err != nil {
+	err = errors.Join(err, <-a.filtered)
+	for _, j := range a.joints {
+		if err == nil {
+			err = j.named(a.place(j))
+		}
+		for _, l := range j.progs {
+			l.close()
+		}
+	}
+	if err != nil {
 		return ports, err
 	}
 	for _, j := range a.joints {
@@ -133,7 +167,7 @@ func (j *joint) named(err error) error {
 func openNetfilter() (int, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
-		return noSocket, fmt.Errorf("open nfnetlink: %w (needs CONFIG_NF_TABLES)", err)
+		return noSocket, &lack{needNftables, fmt.Errorf("open nfnetlink: %w (needs CONFIG_NF_TABLES)", err)}
 	}
 	// A batch is one message, which has to fit. What is asked for is no more than a limit.
 	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 4<<20); err != nil {

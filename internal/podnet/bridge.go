@@ -1,6 +1,7 @@
 package podnet
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/vishvananda/netlink"
@@ -14,9 +15,16 @@ func (a *attempt) openBridge(j *joint) error {
 		return err
 	}
 	name := j.Join.Bridge
+	if err := a.lacks(needBridge); err != nil {
+		return &lack{needBridge, err}
+	}
 	index, err := ioctlLink(name, unix.SIOCBRADDBR)
 	if err != nil {
-		return fmt.Errorf("add bridge %s: %w (needs CONFIG_BRIDGE and CAP_NET_ADMIN)", name, err)
+		err = fmt.Errorf("add bridge %s: %w (needs CONFIG_BRIDGE and CAP_NET_ADMIN)", name, err)
+		if errors.Is(err, unix.ENOPKG) { // the kernel's word for a missing module (sock_ioctl)
+			err = &lack{needBridge, err}
+		}
+		return err
 	}
 	j.bridge = device(index, name)
 	return nil

@@ -3,6 +3,7 @@ package podnet
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/virtlet/virtlet/internal/netns"
 )
@@ -50,7 +51,11 @@ func Check(ns *netns.NS, rec Record) error {
 		}
 		bad(link.MAC != mac, "its MAC is %s, not %s", link.MAC, mac)
 		bad(len(link.Addrs) > 0 && !j.KeepsAddrs, "it has addresses again, which are the guest's")
-		bad(j.datapath() == Redirected && !link.AllMulti, "it does not take every multicast group")
+		bad(j.datapath() == Redirected && allMulti(was.Kind) && !link.AllMulti, "it does not take every multicast group")
+		for _, h := range j.hooks() {
+			there := slices.ContainsFunc(rules[j.Link], func(r Rule) bool { return r.Hook == h.String() })
+			bad((h.to != "" || h.role == "stack") && !there, "its filters at the %s are gone", h)
+		}
 		bad(len(rules[j.Link]) == 0, "its filters are gone")
 	}
 	return errors.Join(append(errs, checkLocalhost(ns, rec.Joins), checkVFs(rec))...)

@@ -48,7 +48,7 @@ func Rules(ns *netns.NS, joins []Join) (map[string][]Rule, error) {
 			hooks = append(j.localHooks(), hooks...)
 		}
 		for _, h := range hooks {
-			found, err := inForce(ns.Nftables(), h.chain())
+			found, err := h.inForce(ns, j.engine())
 			if err != nil {
 				return nil, fmt.Errorf("read the rules of %s: %w", h.device, err)
 			}
@@ -62,6 +62,24 @@ func Rules(ns *netns.NS, joins []Join) (map[string][]Rule, error) {
 		}
 	}
 	return all, nil
+}
+
+// inForce reads the rules of a hook, of which there are none where there is no such device.
+func (h hook) inForce(ns *netns.NS, by Engine) (found []Rule, err error) {
+	if by == Nftables || h.local != "" {
+		return inForce(ns.Nftables(), h.chain())
+	}
+	k := &kernel{h: ns.Netlink()}
+	return found, ns.Do(func() error {
+		index, err := ioctlLink(h.device)
+		if err == nil {
+			found, err = k.programRules(h, index)
+		}
+		if errors.Is(err, unix.ENODEV) {
+			return nil
+		}
+		return err
+	})
 }
 
 // inForce reads the rules of a chain, and where it jumps those of the chain there. A chain that is not there has none.

@@ -109,8 +109,8 @@ func TestTCPArrivesWhole(t *testing.T) {
 		"one queue": {queues: 1}, "four queues": {queues: 4}, "checksums off on the veth": {queues: 1, txOff: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			forLinkKinds(t, func(t *testing.T, kind string) {
-				if shape.txOff && kind != "veth" {
+			forEveryJoin(t, func(t *testing.T, kind string) {
+				if shape.txOff && !isVeth(kind) {
 					t.Skip("only of a veth is it switched off")
 				}
 				node := testnet.NewNode(t, gw4, gw6)

@@ -24,7 +24,10 @@ func Detach(ns *netns.NS, rec Record) error {
 		return errs[0]
 	}
 	k := &kernel{h: ns.Netlink(), nft: ns.Nftables()}
-	errs = append(errs, k.removeFilters(), k.removeLinks(rec))
+	if rec.hasTable() {
+		errs = append(errs, k.removeFilters())
+	}
+	errs = append(errs, k.removeLinks(rec), ns.Do(func() error { return k.removeAllPrograms(rec) }))
 	// What is left to put back differs from what was seen at the start.
 	now, err := Observe(ns)
 	if err != nil {
@@ -122,6 +125,27 @@ func (k *kernel) removeLinks(rec Record) error {
 			}
 			if err != nil && !errors.Is(err, unix.ENODEV) {
 				errs = append(errs, fmt.Errorf("remove %s: %w", name, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeAllPrograms takes our programs off the links; those of the TAPs have gone with them. The calling thread is in the
+// namespace.
+func (k *kernel) removeAllPrograms(rec Record) error {
+	var errs []error
+	for _, j := range rec.Joins {
+		link := rec.Snapshot.Link(j.Link)
+		if j.engine() != EBPF || link == nil {
+			continue
+		}
+		for _, h := range j.hooks() {
+			if h.device != j.Link {
+				continue
+			}
+			if err := k.removePrograms(h, link.Index); err != nil && !errors.Is(err, unix.ENODEV) {
+				errs = append(errs, fmt.Errorf("remove the programs of %s: %w", h, err))
 			}
 		}
 	}

@@ -15,6 +15,11 @@ import (
 // table is the one nftables table of a namespace that has an attached guest.
 var table = &nftables.Table{Name: "virtlet", Family: nftables.TableFamilyNetdev}
 
+// hasTable says whether joins have rules of nftables.
+func (r *Record) hasTable() bool {
+	return len(localAddrs(r.Joins)) > 0 || slices.ContainsFunc(r.Joins, func(j Join) bool { return j.engine() == Nftables })
+}
+
 // removeFilters deletes all that filter made.
 func (k *kernel) removeFilters() error {
 	k.nft.DelTable(table)
@@ -27,6 +32,7 @@ func (k *kernel) removeFilters() error {
 // hook is where frames of a device meet rules.
 type hook struct {
 	device string
+	role   string                       // whose frames: cluster, guest, stack
 	egress bool                         // those that go out by it, and not those that come in
 	rules  func(nic.NIC, Policy) []rule // for them
 	to     string                       // where those go that pass, by redirect; "": on, as without rules
@@ -41,22 +47,31 @@ type hook struct {
 func (j Join) hooks() []hook {
 	switch j.datapath() {
 	case AsItIs:
-		return []hook{{device: j.Tap, egress: true, rules: marked(clusterRules)}, {device: j.Tap, rules: guestRules}}
+		return []hook{{device: j.Tap, role: "cluster", egress: true, rules: marked(clusterRules)}, {device: j.Tap, role: "guest", rules: guestRules}}
 	case Redirected:
-		all := []hook{{device: j.Link, rules: clusterRules, to: j.Tap}, {device: j.Tap, rules: guestRules, to: j.Link, marks: j.KeepsAddrs}}
+		all := []hook{
+			{device: j.Link, role: "cluster", rules: clusterRules, to: j.Tap},
+			{device: j.Tap, role: "guest", rules: guestRules, to: j.Link, marks: j.KeepsAddrs},
+		}
 		if j.KeepsAddrs { // its stack would speak
-			all = append(all, hook{device: j.Link, egress: true, rules: marked(stackRules)})
+			all = append(all, hook{device: j.Link, role: "stack", egress: true, rules: marked(stackRules)})
 		}
 		return all
 	}
-	return []hook{{device: j.Link, rules: clusterRules}, {device: j.Tap, rules: guestRules}}
+	return []hook{{device: j.Link, role: "cluster", rules: clusterRules}, {device: j.Tap, role: "guest", rules: guestRules}}
 }
 
-// filters gives the rules at the ends of every join, but for the forwards.
+// filters gives the rules of nftables at the ends of every join that has them, but for the forwards; nil: none has.
 func filters(joins []Join, nics []nic.NIC, policies map[string]Policy) *batch {
+	if rec := (Record{Joins: joins}); !rec.hasTable() {
+		return nil
+	}
 	b := newBatch()
 	b.addTable()
 	for i, j := range joins {
+		if j.engine() != Nftables {
+			continue
+		}
 		for _, h := range j.hooks() {
 			b.addHook(h)
 			pass := passes
@@ -75,6 +90,9 @@ func filters(joins []Join, nics []nic.NIC, policies map[string]Policy) *batch {
 
 // addForwards adds what filters could not: the kernel wants the numbers of devices.
 func (b *batch) addForwards(j *joint) {
+	if j.Join.engine() != Nftables {
+		return
+	}
 	index := map[string]int{j.Join.Link: j.link.Index, j.Join.Tap: j.tapIndex}
 	for _, h := range j.Join.hooks() {
 		if h.to == "" {
@@ -95,6 +113,9 @@ func filterConfigs(joins []Join) []string {
 		needs = append(needs, "CONFIG_NFT_FWD_NETDEV")
 	}
 	for _, j := range joins {
+		if j.engine() != Nftables {
+			continue
+		}
 		for _, h := range j.hooks() {
 			if h.to != "" && !slices.Contains(needs, "CONFIG_NFT_FWD_NETDEV") {
 				needs = append(needs, "CONFIG_NFT_FWD_NETDEV")
@@ -139,14 +160,14 @@ func (b *batch) addRules(chain string, rules []rule, pass attrs) {
 			if in, under = chain, r.under; under != nil {
 				in = chain + "-" + under.name
 				b.addChain(in)
-				b.addRule(chain, join(under.match.exprs, verdict(jump, in)), nil)
+				b.addRule(chain, join(under.match.exprs(), verdict(jump, in)), nil)
 			}
 		}
 		end := dropped
 		if r.reason == "" {
 			end = pass
 		}
-		b.addRule(in, join(r.match.exprs, end), r.words(""))
+		b.addRule(in, join(r.match.exprs(), end), r.words(""))
 	}
 }
 

@@ -130,7 +130,7 @@ func (w *wire) fate(t *testing.T, fromGuest bool, frame []byte) Reason {
 		arrived, after := w.arrived(fromGuest, mark), w.counters()
 		moved := map[Reason]uint64{}
 		for r, c := range after {
-			if n := c.Packets - before[r].Packets; n > 0 {
+			if n := c.Packets - before[r].Packets; n > 0 && r != OwnStack { // which speaks when it likes
 				moved[r] = n
 			}
 		}

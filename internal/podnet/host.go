@@ -158,7 +158,7 @@ func ObserveHost(pod *netns.NS, snap nic.Snapshot) (host *nic.Host, noTxChecksum
 	}
 	err = pod.Do(func() error {
 		for _, l := range snap.Links {
-			if off, err := txChecksumOff(l.Name); err == nil && off { // a link without the setting has no hardware
+			if off, err := offloadOff(l.Name, unix.ETHTOOL_GTXCSUM); err == nil && off { // a link without the setting has no hardware
 				noTxChecksum = append(noTxChecksum, l.Name)
 			}
 		}
@@ -262,16 +262,16 @@ func hostLink(node *netns.NS, l *nic.Link) (nic.HostLink, error) {
 	return h, nil
 }
 
-// txChecksumOff says whether a link of the calling thread's namespace computes the checksums of what it sends itself: ethtool's
-// ETHTOOL_GTXCSUM.
-func txChecksumOff(link string) (bool, error) {
+// offloadOff says whether a link of the calling thread's namespace does not leave to the hardware what an ioctl of ethtool asks
+// for: computing checksums (ETHTOOL_GTXCSUM), cutting segments (ETHTOOL_GTSO).
+func offloadOff(link string, ask uint32) (bool, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return false, err
 	}
 	defer unix.Close(fd)
-	value := struct{ cmd, data uint32 }{cmd: unix.ETHTOOL_GTXCSUM} // struct ethtool_value
-	req := struct {                                                // struct ifreq
+	value := struct{ cmd, data uint32 }{cmd: ask} // struct ethtool_value
+	req := struct {                               // struct ifreq
 		name [unix.IFNAMSIZ]byte
 		data unsafe.Pointer
 		_    [16]byte

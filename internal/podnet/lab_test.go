@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -41,14 +43,55 @@ func addPod(t testing.TB, node *testnet.Node, spec testnet.PodSpec) (pod *testne
 	return pod, node.AddLink(t, pod, spec)
 }
 
-// linkKinds are what a pod's eth0 is in tests; each is joined by a datapath of its own.
-var linkKinds = []string{"veth", "macvlan", "tap"}
+// linkKinds are what a pod's eth0 is in tests, and how it is joined: a veth by a bridge, a veth and a macvlan by eBPF.
+var linkKinds = []string{"veth", "redirect", "macvlan", "tap"}
+
+// kinds are those of the pods that tests have made, by the pod's name.
+var kinds sync.Map
+
+// optionsFor gives options that a pod of its kind is attached with.
+func optionsFor(pod *testnet.Namespace, o Options) Options {
+	kind, _ := kinds.Load(pod.Name)
+	switch kind {
+	case "redirect":
+		o.Datapath = WishRedirect
+	case "nftables":
+		o.Datapath = WishRedirect
+		o.fail = func(n need) error {
+			if n == needEBPF {
+				return errNoEBPF
+			}
+			return nil
+		}
+	}
+	return o
+}
+
+// engines are what joins of each kind of pod go by; anything else would be a fallback that a test does not know of.
+var engines = map[string]Engine{"veth": Nftables, "redirect": EBPF, "nftables": Nftables, "macvlan": EBPF, "tap": Nftables}
+
+var errNoEBPF = errors.New("a test has none")
+
+// isVeth says whether pods of that kind have one.
+func isVeth(kind string) bool { return kind == "veth" || kind == "redirect" || kind == "nftables" }
 
 // forLinkKinds runs a test for each, beside other tests.
 func forLinkKinds(t *testing.T, test func(t *testing.T, kind string)) {
 	t.Helper()
 	t.Parallel()
-	for _, kind := range linkKinds {
+	forEach(t, linkKinds, test)
+}
+
+// forEveryJoin runs it also for a veth that nftables redirects, as where there is no eBPF.
+func forEveryJoin(t *testing.T, test func(t *testing.T, kind string)) {
+	t.Helper()
+	t.Parallel()
+	forEach(t, append(slices.Clone(linkKinds), "nftables"), test)
+}
+
+func forEach(t *testing.T, kinds []string, test func(t *testing.T, kind string)) {
+	t.Helper()
+	for _, kind := range kinds {
 		t.Run(kind, func(t *testing.T) { t.Parallel(); test(t, kind) })
 	}
 }
@@ -70,8 +113,9 @@ func addLinkOf(t testing.TB, kind string, node *testnet.Node, pod *testnet.Names
 		spec.Name = "eth0"
 	}
 	mtu := fmt.Sprint(cmp.Or(spec.MTU, 1500))
+	kinds.Store(pod.Name, kind)
 	switch kind {
-	case "veth":
+	case "veth", "redirect", "nftables":
 		return node.AddLink(t, pod, spec)
 	case "macvlan":
 		parent := testnet.New(t, "parent")
@@ -131,6 +175,11 @@ func attach(t testing.TB, pod *testnet.Namespace, o Options) attached {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if kind, ok := kinds.Load(pod.Name); ok {
+		if j := a.rec.Joins[0]; j.Link == "eth0" && j.Engine != engines[kind.(string)] || j.Lacks != "" && kind != "nftables" {
+			t.Fatalf("a pod of kind %v is joined by %+v", kind, j)
+		}
+	}
 	t.Cleanup(func() {
 		for _, p := range a.ports {
 			p.Close()
@@ -144,7 +193,7 @@ func tryAttach(pod *testnet.Namespace, o Options) (a attached, err error) {
 		return a, err
 	}
 	a.nics = plainNICs(a.before)
-	a.ports, err = Attach(context.Background(), pod.NS, a.before, a.nics, o, func(r Record) error { a.rec = r; return nil })
+	a.ports, err = Attach(context.Background(), pod.NS, a.before, a.nics, optionsFor(pod, o), func(r Record) error { a.rec = r; return nil })
 	return a, err
 }
 

@@ -17,8 +17,8 @@ import (
 // host on its link, 169.254.0.67 or fe80::a9fe:43, that is nobody's but theirs. See docs/decisions/0012-localhost.md.
 //
 // Of a join this needs no more than that
-//   - frames that come out of the TAP meet nftables' ingress hook there before anything takes them away (a program of tc
-//     would have to let pass what is for these two addresses, and questions of ARP and neighbour discovery for them), and
+//   - frames that come out of the TAP meet nftables' ingress hook there before anything takes them away (our programs let
+//     pass what [localMatches] has), and
 //   - frames for the guest meet rules at the join's first hook, where those are dropped that come from these addresses.
 
 // The hosts that the guest sees in the place of localhost. The first is the DHCP responder's of a NIC without a gateway, to
@@ -157,8 +157,10 @@ const (
 // localHooks gives the hooks of these rules at a join, and, at the NIC that localhost leads to, at the loopback. They are before
 // the join's own hooks.
 func (j Join) localHooks() []hook {
-	first := j.hooks()[0]
-	all := []hook{{device: first.device, egress: first.egress, local: fromOthers}, {device: j.Tap, local: fromGuest}}
+	all := []hook{{device: j.Tap, local: fromGuest}}
+	if first := j.hooks()[0]; j.engine() == Nftables { // a program has these itself, as nothing goes on to nftables
+		all = append([]hook{{device: first.device, egress: first.egress, local: fromOthers}}, all...)
+	}
 	if len(j.Localhost) > 0 {
 		all = append(all, hook{device: loopback, local: fromLoopback})
 	}
@@ -214,7 +216,7 @@ func (b *batch) addLocalRule(h hook, r localRule) {
 	chain := h.chain() + "-" + r.chain
 	b.addChain(chain)
 	b.addRule(chain, join(r.change, setMeta(unix.NFT_META_MARK, ourMark), forward(r.index)), nil)
-	b.addRule(h.chain(), join(r.match.exprs, verdict(follow, chain)), r.words(r.to))
+	b.addRule(h.chain(), join(r.match.exprs(), verdict(follow, chain)), r.words(r.to))
 }
 
 // localRules gives those of a hook, for the guest's addresses.
@@ -249,7 +251,7 @@ func (j *joint) calls(f family, guest netip.Addr) localRule {
 // address is left to the rules of the spoof check.
 func (j *joint) answers(f family, guest netip.Addr) []localRule {
 	honest, ask := etherFrom.is(hardware(j.NIC.MAC)), f.ask(f, ownMAC(j.NIC.MAC))
-	toHost := all(honest, f.is, f.from.is(addr(guest)), f.to.is(addr(f.host)))
+	toHost := toHost(f, j.NIC.MAC, guest)
 	return []localRule{
 		{
 			rule: rule{match: all(toHost, f.whole, l4proto.is(tcp), notSYN)}, chain: "from-" + guest.String(),
@@ -261,6 +263,20 @@ func (j *joint) answers(f family, guest netip.Addr) []localRule {
 		{rule: rule{OwnAddress, nil, toHost}},
 		{rule: rule{OwnAddress, nil, all(honest, ask.match)}},
 	}
+}
+
+// localMatches are what of the guest's frames the rules at the TAP are for. They dispose of all of it, in one way or another.
+func localMatches(own nic.MAC, addrs []netip.Addr) (found []match) {
+	for _, a := range addrs {
+		f := familyOf(a)
+		found = append(found, toHost(f, own, a), all(etherFrom.is(hardware(own)), f.ask(f, ownMAC(own)).match))
+	}
+	return found
+}
+
+// toHost matches what an honest guest sends to whom it sees in the place of localhost.
+func toHost(f family, own nic.MAC, guest netip.Addr) match {
+	return all(etherFrom.is(hardware(own)), f.is, f.from.is(addr(guest)), f.to.is(addr(f.host)))
 }
 
 // strangers keeps others from being taken for localhost.

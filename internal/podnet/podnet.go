@@ -3,15 +3,16 @@
 // [Observe] looks and changes nothing. [Attach] joins a TAP to every NIC's link, by one of three datapaths:
 //
 //	guest === TAP --- bridge --- veth ~~~ the CNI plugin's network
-//	guest === TAP ---- redirect ---- macvlan, ipvlan ~~~
+//	guest === TAP ---- redirect ---- veth, macvlan, ipvlan, netkit ~~~
 //	guest === TAP that was there ~~~
 //
 // or hands the NIC's PCI function itself over to QEMU, through VFIO; its PF then holds the guest to MAC and VLAN.
 //
-// The guest takes over the link's MAC, addresses and routes, so the link gives them up (by redirect, it keeps the MAC); the
-// namespace's own stack keeps no address there and stays silent. Rules of nftables at the two ends keep apart what must
-// never meet - the guest's DHCP and router advertisements and the cluster's, the guest and its own frames reflected by a
-// hairpin port - and hold the guest to its MAC and addresses; a [Policy] leaves some out, [Rules] reads them back.
+// The guest takes over the link's MAC, addresses and routes, so the link gives them up (by redirect, it keeps the MAC, and
+// mostly the rest), and the namespace's own stack stays silent. Rules at the two ends keep apart what must never meet - the
+// guest's DHCP and router advertisements and the cluster's, the guest and its own frames reflected by a hairpin port - and
+// hold the guest to its MAC and addresses; a [Policy] leaves some out, [Rules] reads them back. They are nftables', or eBPF
+// programs that redirect, too: the same rules in either.
 // Localhost of the namespace can lead to the guest ([Options]).
 // [Detach] puts every link back as Observe saw it.
 //
@@ -45,6 +46,8 @@ type Options struct {
 	// NIC that has addresses, unless that is a PCI function.
 	Localhost bool
 
+	Datapath Wish // how links are joined; "" stands for WishAuto
+
 	Policies map[string]Policy // of the filters, by the NIC's name; a NIC without one has the zero Policy
 
 	// Of PCI functions: whom QEMU runs as, whether it takes their descriptors (iommufd), and whether one may go to a guest
@@ -52,6 +55,9 @@ type Options struct {
 	UID           uint32
 	IOMMUFD       bool
 	AllowPhysical bool
+
+	fail     func(need) error // in tests: what the machine is to lack
+	noClsact bool             // in tests: as on kernels without it
 }
 
 // Record is what Detach needs to put a namespace back. It is written before Attach changes anything.
@@ -69,7 +75,10 @@ type Join struct {
 	Bridge     string   `json:"bridge,omitempty"`     // made by Attach; none where nothing is bridged
 	Tap        string   `json:"tap"`                  // made by Attach, or Link itself
 	Own        nic.MAC  `json:"own,omitzero"`         // what the link carries while the guest has its MAC; none: it keeps its MAC
-	KeepsAddrs bool     `json:"keepsAddrs,omitempty"` // so does it with its addresses, by which it tells its frames
+	KeepsAddrs bool     `json:"keepsAddrs,omitempty"` // so does it with its addresses, and the namespace is silent by a rule
+	Engine     Engine   `json:"engine,omitempty"`     // none: [Nftables], in records of old
+	Why        string   `json:"why,omitempty"`        // this datapath, in words
+	Lacks      string   `json:"lacks,omitempty"`      // why no better one: what the machine does not have
 	// Localhost are addresses of the guest's NIC, one of each family at most, to which localhost of the namespace leads.
 	Localhost []netip.Addr `json:"localhost,omitempty"`
 }
@@ -84,6 +93,7 @@ const (
 )
 
 func (j Join) datapath() Datapath { return cmp.Or(j.Datapath, Bridged) }
+func (j Join) engine() Engine     { return cmp.Or(j.Engine, Nftables) }
 
 // Port is one NIC, ready for a guest. The caller owns the files: they go to QEMU, and a TAP of ours ends when the last
 // copy is closed.
@@ -116,8 +126,9 @@ func (p *Port) Close() error {
 	return errors.Join(errs...)
 }
 
-// Attach gives the NICs to a guest: for every one a TAP joined to its link, filters, and a silent link. journal is called once,
-// before the first change, with all that Detach needs; its error stops Attach. When Attach fails it has called Detach.
+// Attach gives the NICs to a guest: for every one a TAP joined to its link, filters, and a silent link. journal is called
+// before the first change, with all that Detach needs; its error stops Attach. When Attach fails it has called Detach. Where
+// the machine lacks what a datapath needs, it takes the next one that serves, and calls journal again; [Join.Lacks] says why.
 //
 // snap is what Observe saw and nics what [nic.Plan] made of it; ns stays the caller's and must stay open as long as
 // the ports are used.
@@ -125,22 +136,44 @@ func Attach(ctx context.Context, ns *netns.NS, snap nic.Snapshot, nics []nic.NIC
 	if o.Queues < 1 {
 		o.Queues = 1
 	}
-	rec, err := plan(snap, nics, o)
-	if err != nil {
-		return nil, err
+	for lacks := (lacking{}); ; {
+		rec, err := plan(snap, nics, o, lacks)
+		if err != nil {
+			return nil, err
+		}
+		ports, err := attachAll(ctx, ns, rec, nics, o, journal)
+		var l *lack
+		if !errors.As(err, &l) || ctx.Err() != nil {
+			return ports, err
+		}
+		if lacks[l.of] != nil {
+			return nil, err
+		}
+		lacks[l.of] = l
+		if _, none := plan(snap, nics, o, lacks); none != nil && len(lacks) > 1 {
+			return nil, none // which has the errors of all
+		} else if none != nil {
+			return nil, err
+		}
 	}
+}
+
+// attachAll makes one attempt at it.
+func attachAll(ctx context.Context, ns *netns.NS, rec Record, nics []nic.NIC, o Options, journal func(Record) error) ([]*Port, error) {
 	if len(localAddrs(rec.Joins)) > 0 {
+		var err error
 		if rec.Loopback, err = readLoopback(ns); err != nil {
 			return nil, err
 		}
 	}
 	var m *machine
 	if len(taps(nics)) < len(nics) {
-		var done func()
-		if m, done, err = newMachine(ns); err != nil {
+		m2, done, err := newMachine(ns)
+		if err != nil {
 			return nil, err
 		}
 		defer done()
+		m = m2
 		if rec.VFs, err = m.plan(nics, o); err != nil {
 			return nil, err
 		}
@@ -191,7 +224,7 @@ func attachTaps(ctx context.Context, ns *netns.NS, rec Record, nics []nic.NIC, o
 }
 
 // plan decides names. It changes nothing.
-func plan(snap nic.Snapshot, nics []nic.NIC, o Options) (Record, error) {
+func plan(snap nic.Snapshot, nics []nic.NIC, o Options, lacks lacking) (Record, error) {
 	rec := Record{Snapshot: snap}
 	local, leads := "", []netip.Addr(nil)
 	if o.Localhost {
@@ -208,7 +241,11 @@ func plan(snap nic.Snapshot, nics []nic.NIC, o Options) (Record, error) {
 		if v4, v6 := addrs(n); checks(n, o.Policies[n.Name]) && max(len(v4), len(v6)) > maxAddrs {
 			return Record{}, fmt.Errorf("attach %s: more than %d addresses of a kind are too many for the spoof check: turn it off", n.Name, maxAddrs)
 		}
-		j := newJoin(link, n, i)
+		c, err := choose(link, o.Datapath, lacks)
+		if err != nil {
+			return Record{}, fmt.Errorf("attach %s: %w", n.Name, err)
+		}
+		j := newJoin(link, n, i, c)
 		for _, name := range []string{j.Bridge, j.Tap} {
 			if name != j.Link && snap.Link(name) != nil {
 				return Record{}, fmt.Errorf("attach %s: link %s is in the namespace already: another VM uses it, or a killed one left it; `virtlet gc` cleans up after killed ones", n.Name, name)
@@ -223,18 +260,19 @@ func plan(snap nic.Snapshot, nics []nic.NIC, o Options) (Record, error) {
 }
 
 // newJoin names what the i-th NIC is joined by.
-func newJoin(link *nic.Link, n nic.NIC, i int) Join {
-	tap := fmt.Sprintf("%s%d", tapPrefix, i)
-	switch link.Kind {
-	case "tun":
-		return Join{Datapath: AsItIs, Link: n.Name, Tap: n.Name, Own: ownMAC(n.MAC)}
-	case "macvlan":
-		return Join{Datapath: Redirected, Link: n.Name, Tap: tap}
-	case "ipvlan":
-		// What comes for an address that is not on the link, the driver gives to another link or to the host.
-		return Join{Datapath: Redirected, Link: n.Name, Tap: tap, KeepsAddrs: true}
+func newJoin(link *nic.Link, n nic.NIC, i int, c choice) Join {
+	j := Join{Datapath: c.datapath, Engine: c.engine, Why: c.why, Lacks: c.lacks, Link: n.Name, Tap: fmt.Sprintf("%s%d", tapPrefix, i)}
+	switch c.datapath {
+	case AsItIs:
+		j.Tap, j.Own = n.Name, ownMAC(n.MAC)
+	case Bridged:
+		j.Bridge, j.Own = fmt.Sprintf("%s%d", bridgePrefix, i), ownMAC(n.MAC)
+	case Redirected:
+		// An ipvlan needs its addresses: what comes for others, the driver gives to another link or to the host. Those of a
+		// macvlan are taken off as ever. Elsewhere they stay for CNI CHECK.
+		j.KeepsAddrs = link.Kind != "macvlan"
 	}
-	return Join{Datapath: Bridged, Link: n.Name, Bridge: fmt.Sprintf("%s%d", bridgePrefix, i), Tap: tap, Own: ownMAC(n.MAC)}
+	return j
 }
 
 const (

@@ -18,7 +18,7 @@ import (
 )
 
 func TestAttachGivesTheGuestThePodsNetwork(t *testing.T) {
-	forLinkKinds(t, testAttachGivesTheGuestThePodsNetwork)
+	forEveryJoin(t, testAttachGivesTheGuestThePodsNetwork)
 }
 
 func testAttachGivesTheGuestThePodsNetwork(t *testing.T, kind string) {

@@ -12,6 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/gopacket/gopacket"
 	"github.com/mdlayher/packet"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/nic"
@@ -25,7 +26,7 @@ func attachAs(t *testing.T, pod *testnet.Namespace, change func(*nic.Link)) atta
 	a.nics = plainNICs(a.before)
 	change(a.before.Link("eth0"))
 	var err error
-	a.ports, err = Attach(t.Context(), pod.NS, a.before, a.nics, Options{Localhost: true}, func(r Record) error { a.rec = r; return nil })
+	a.ports, err = Attach(t.Context(), pod.NS, a.before, a.nics, optionsFor(pod, Options{Localhost: true}), func(r Record) error { a.rec = r; return nil })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,7 +99,7 @@ func TestLinkThatKeepsItsAddresses(t *testing.T) {
 	if losses(t, pod, a.rec.Joins)[OwnStack] == 0 {
 		t.Error("the rule has nothing to do: the test proves nothing")
 	}
-	pod.MustRun("nft", "flush", "chain", "netdev", table.Name, "to-eth0")
+	loseRules(t, pod, a.rec.Joins[0])
 	pod.Run("ping", "-c", "1", "-w", "1", "198.51.100.99")
 	if !wire.Await(patience, own) {
 		t.Error("without the rule the namespace is silent too: the test proves nothing")
@@ -135,6 +136,36 @@ func TestIPvlan(t *testing.T) {
 		if !node.Ping(to) {
 			t.Errorf("node does not reach %s", to)
 		}
+	}
+}
+
+// A netkit is a pair like a veth, whose ends run programs of their maker.
+func TestNetkit(t *testing.T) {
+	t.Parallel()
+	node := testnet.NewNode(t, gw4)
+	pod := testnet.New(t, "pod")
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "nk0"
+	nk := &netlink.Netkit{LinkAttrs: attrs, Mode: netlink.NETKIT_MODE_L2, Policy: netlink.NETKIT_POLICY_FORWARD, PeerPolicy: netlink.NETKIT_POLICY_FORWARD}
+	peer := netlink.NewLinkAttrs()
+	peer.Name = "eth0"
+	nk.SetPeerAttrs(&peer)
+	if err := pod.Link().LinkAdd(nk); err != nil {
+		t.Skipf("needs CONFIG_NETKIT: %v", err)
+	}
+	pod.MustRun("ip", "link", "set", "nk0", "netns", node.Name)
+	pod.MustRun("ip", "link", "set", "eth0", "up")
+	node.MustRun("ip", "link", "set", "nk0", "master", testnet.Bridge, "up")
+	pod.MustRun("ip", "addr", "add", ip4.String(), "dev", "eth0")
+	quiet(t, pod)
+	a := attach(t, pod, Options{})
+	if j := a.rec.Joins[0]; j.Datapath != Redirected || !j.KeepsAddrs {
+		t.Errorf("joined by %+v", j)
+	}
+	guest := testnet.NewGuest(t, a.nics[0], a.ports[0].Taps[0])
+	guest.Configure(a.nics[0])
+	if !guest.Ping(gw4.Addr()) || !node.Ping(ip4.Addr()) {
+		t.Error("guest and node do not reach each other")
 	}
 }
 
@@ -256,20 +287,25 @@ func TestRespondersPass(t *testing.T) {
 func TestKilledAtEveryStep(t *testing.T) {
 	for name, steps := range map[string]int{"nothing": 0, "opened": 1, "joined": 2, "filtered": 3, "up": 4} {
 		t.Run(name, func(t *testing.T) {
-			forLinkKinds(t, func(t *testing.T, kind string) {
+			forEveryJoin(t, func(t *testing.T, kind string) {
 				node := testnet.NewNode(t, gw4, gw6)
 				pod, _ := addPodOf(t, kind, node, dualStack())
 				quiet(t, pod)
 				before := observe(t, pod)
 				nics := plainNICs(before)
-				rec, err := plan(before, nics, Options{Localhost: true})
+				o := optionsFor(pod, Options{Queues: 1, Localhost: true})
+				lacks := lacking{}
+				if o.fail != nil {
+					lacks[needEBPF] = &lack{needEBPF, errNoEBPF}
+				}
+				rec, err := plan(before, nics, o, lacks)
 				if err == nil {
 					rec.Loopback, err = readLoopback(pod.NS)
 				}
 				if err != nil {
 					t.Fatal(err)
 				}
-				a := newAttempt(pod.NS, rec, nics, Options{Queues: 1})
+				a := newAttempt(pod.NS, rec, nics, o)
 				pod.Must(func() error {
 					if steps < 1 {
 						return nil
@@ -288,8 +324,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 					if steps >= 3 {
 						go a.filter()
 						fd, err := openNetfilter()
-						a.nfnl <- fd
-						if err := errors.Join(err, <-a.filtered); err != nil {
+						a.ready <- opened{err == nil, fd}
+						if err := errors.Join(err, <-a.filtered, a.place(j)); err != nil {
 							return err
 						}
 					}
@@ -352,9 +388,14 @@ func TestLocalhostIsShown(t *testing.T) {
 
 // A forward is a rule without a reason, that says where to.
 func TestForwardsAreShown(t *testing.T) {
-	t.Parallel()
+	for _, kind := range []string{"redirect", "nftables"} {
+		t.Run(kind, func(t *testing.T) { t.Parallel(); testForwardsAreShown(t, kind) })
+	}
+}
+
+func testForwardsAreShown(t *testing.T, kind string) {
 	node := testnet.NewNode(t, gw4)
-	pod, _ := addPodOf(t, "macvlan", node, dualStack())
+	pod, _ := addPodOf(t, kind, node, dualStack())
 	a := attach(t, pod, Options{})
 	rules, err := Rules(pod.NS, a.rec.Joins)
 	if err != nil {
@@ -362,6 +403,9 @@ func TestForwardsAreShown(t *testing.T) {
 	}
 	var last []Rule
 	for i, r := range rules["eth0"] {
+		if r.Hook == "egress eth0" {
+			continue // which forwards nothing
+		}
 		if i+1 == len(rules["eth0"]) || rules["eth0"][i+1].Hook != r.Hook {
 			last = append(last, r)
 		}
@@ -375,6 +419,9 @@ func TestForwardsAreShown(t *testing.T) {
 	}
 	if _, is := Dropped(rules["eth0"])[""]; is {
 		t.Error("a forward is counted as dropped")
+	}
+	if kind != "nftables" {
+		return
 	}
 	out := pod.MustRun("nft", "list", "table", "netdev", table.Name)
 	for _, want := range []string{`fwd to "vlttap0"`, `fwd to "eth0"`} {
@@ -472,7 +519,11 @@ func TestFilterConfigs(t *testing.T) {
 	for kind, want := range map[string][]string{
 		"veth": nil, "macvlan": {"CONFIG_NFT_FWD_NETDEV"}, "ipvlan": {"CONFIG_NFT_FWD_NETDEV", "CONFIG_NETFILTER_EGRESS"}, "tun": {"CONFIG_NETFILTER_EGRESS"},
 	} {
-		got := filterConfigs([]Join{newJoin(&nic.Link{Kind: kind}, nic.NIC{Name: "eth0", MAC: mac}, 0)})
+		c, err := choose(&nic.Link{Kind: kind}, WishAuto, lacking{needEBPF: {needEBPF, errNoEBPF}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := filterConfigs([]Join{newJoin(&nic.Link{Kind: kind}, nic.NIC{Name: "eth0", MAC: mac}, 0, c)})
 		if !slices.Equal(got[2:], want) {
 			t.Errorf("%s: %v, want %v beside the usual", kind, got, want)
 		}

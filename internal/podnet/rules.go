@@ -312,7 +312,7 @@ func notTCP() rule { return rule{"", nil, l4proto.is(tcp)} }
 func fragments(why Reason) []rule {
 	return []rule{
 		{"", nil, all(protocol.is(ipv4), ip4Frag.with(0x1fff))},
-		{"", underFrag, match{"frag frag-off != 0", ip6Frag.with(0xfff8).exprs}},
+		{"", underFrag, match{"frag frag-off != 0", ip6Frag.with(0xfff8).tests}},
 		{why, underFrag, fragNext.within(octet(unix.IPPROTO_ROUTING), octet(unix.IPPROTO_FRAGMENT))},
 		{why, underFrag, fragNext.is(octet(unix.IPPROTO_AH))},
 		{why, underFrag, fragNext.is(octet(unix.IPPROTO_DSTOPTS))},

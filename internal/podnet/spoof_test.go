@@ -124,7 +124,7 @@ func guestSamples() map[string]sample {
 
 // With everything on, each frame passes, or is dropped for the reason that was meant and counted once. With everything
 // off each arrives: what drops it are the rules.
-func TestFramesOfTheGuest(t *testing.T) { forLinkKinds(t, testFramesOfTheGuest) }
+func TestFramesOfTheGuest(t *testing.T) { forEveryJoin(t, testFramesOfTheGuest) }
 
 func testFramesOfTheGuest(t *testing.T, kind string) {
 	p := Policy{Own: []netip.Addr{netip.MustParseAddr(ownLinkLocal)}}
@@ -270,7 +270,7 @@ func TestFramesOfTheCluster(t *testing.T) {
 		"both":            {calico(), Policy{Own: own, ExternalDHCP: true, ExternalRA: true}, append([]Reason{ClusterHidden, ClusterRA, ClusterOwn}, dhcp...)},
 	} {
 		t.Run(name, func(t *testing.T) {
-			forLinkKinds(t, func(t *testing.T, kind string) {
+			forEveryJoin(t, func(t *testing.T, kind string) {
 				w := newWire(t, kind, c.spec, c.policy)
 				for name, s := range clusterSamples(kind) {
 					want := s.reason

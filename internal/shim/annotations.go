@@ -56,6 +56,7 @@ var annotations = map[string]func(w *wishes, value string) error{
 	"cmdline":             func(w *wishes, v string) error { w.append = &v; return nil },
 	"spoof-check":         func(w *wishes, v string) error { return yes(v, &w.cfg.NoSpoofCheck, false) },
 	"allow-physical":      func(w *wishes, v string) error { return yes(v, &w.cfg.AllowPhysical, true) },
+	"datapath":            func(w *wishes, v string) error { w.cfg.Datapath = v; return nil },
 	"allow-external-dhcp": func(w *wishes, v string) error { return yes(v, &w.cfg.ExternalDHCP, true) },
 	"allow-external-ra":   func(w *wishes, v string) error { return yes(v, &w.cfg.ExternalRA, true) },
 }

@@ -40,7 +40,7 @@ func (d *daemon) prepare(ctx context.Context, b *bundle) error {
 		return err
 	}
 	cfg.NTP, cfg.NoSpoofCheck, cfg.ExternalDHCP, cfg.ExternalRA = w.cfg.NTP, w.cfg.NoSpoofCheck, w.cfg.ExternalDHCP, w.cfg.ExternalRA
-	cfg.AllowPhysical = w.cfg.AllowPhysical
+	cfg.AllowPhysical, cfg.Datapath = w.cfg.AllowPhysical, w.cfg.Datapath
 	cfg.CPUs, cfg.Memory = w.size(podResources(b.spec.Annotations))
 	if path := b.mounted("/etc/resolv.conf"); path != "" {
 		text, err := readSmall(path)

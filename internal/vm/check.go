@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -112,12 +113,25 @@ func CheckDevices(root string) []Finding {
 	return []Finding{a, tun, vhost}
 }
 
-func (r CheckRequest) network(context.Context) []Finding { return []Finding{CheckNetwork()} }
+func (r CheckRequest) network(context.Context) []Finding {
+	return []Finding{CheckNetwork(), checkRedirect()}
+}
+
+// checkRedirect says whether a veth can be joined by eBPF.
+func checkRedirect() Finding {
+	const what, do = "datapath redirect", "--datapath redirect needs CONFIG_BPF_SYSCALL, CONFIG_NET_CLS_BPF and CONFIG_NET_SCH_INGRESS; another datapath serves without them"
+	lacks, err := podnet.Probe(podnet.WishRedirect)
+	if err != nil || lacks != "" {
+		return Finding{Warn, what, cmp.Or(lacks, fmt.Sprint(err)), do}
+	}
+	return Finding{Level: OK, What: what, Is: "eBPF works"}
+}
 
 // CheckNetwork tries what every VM needs of the kernel in a namespace of its own, which goes again. It takes root.
 func CheckNetwork() Finding {
 	do := "the kernel needs veth, bridge, tun and nf_tables (CONFIG_NF_TABLES_NETDEV, CONFIG_NETFILTER_INGRESS), and virtlet needs root"
-	return found("namespace, bridge, TAP, filters", podnet.Probe(), "all of them work", do)
+	lacks, err := podnet.Probe(podnet.WishAuto)
+	return found("namespace, bridge, TAP, filters", err, cmp.Or(lacks, "all of them work"), do)
 }
 
 // checkTimeout bounds the question whether a network is ready.

@@ -14,6 +14,7 @@ import (
 	"github.com/virtlet/virtlet/internal/cni"
 	"github.com/virtlet/virtlet/internal/image"
 	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/qemu"
 	"github.com/virtlet/virtlet/internal/ssh"
 )
@@ -66,6 +67,9 @@ type Config struct {
 	// NoSpoofCheck lets the guest send from any address. By default it may use those of its NICs alone; a NIC without
 	// addresses is not checked.
 	NoSpoofCheck bool `json:"noSpoofCheck,omitempty"`
+	// Datapath joins NICs and links: auto, bridge, redirect; "": auto, which is a bridge for a veth, and redirect for what a
+	// bridge cannot serve.
+	Datapath string `json:"datapath,omitempty"`
 	// AllowPhysical lets a PCI function that is no SR-IOV virtual function go to the guest. Nothing holds it to MAC or VLAN.
 	AllowPhysical bool `json:"allowPhysical,omitempty"`
 	// Localhost leads TCP connections that programs in the namespace make to localhost to the guest.
@@ -152,6 +156,7 @@ func (c *Config) check(boots bool) error {
 	bad(c.NetNS != "" && len(c.Networks) > 0, "--netns joins a configured namespace: it cannot go with --network")
 	bad(c.NetNS == "" && len(c.Networks) == 0, "no network: give one, or a namespace to join")
 	bad(!slices.Contains([]string{"", "auto", "kvm", "tcg"}, c.Accel), "accel %q: use auto, kvm or tcg", c.Accel)
+	bad(c.Datapath != "" && !slices.Contains(podnet.Wishes(), podnet.Wish(c.Datapath)), "datapath %q: use auto, bridge or redirect", c.Datapath)
 	bad(len(c.UserData) > maxUserData, "user-data: %d bytes: use at most %d", len(c.UserData), maxUserData)
 	if c.Hostname == "" {
 		c.Hostname = c.Name

@@ -204,8 +204,12 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 	for _, r := range v.cfg.Results {
 		v.state.Results = append(v.state.Results, Result{Network: r.Network, IfName: r.IfName, Result: r.Result})
 	}
-	var words []string
+	var words, lacks []string
 	for _, p := range v.ports {
+		if l := p.Join.Lacks; l != "" && !slices.Contains(lacks, l) {
+			lacks = append(lacks, l)
+			v.note(fmt.Sprintf("%s is joined to the guest by %s (%s): %s", p.NIC.Name, p.Join.Datapath, p.Join.Engine, l))
+		}
 		st := PortState{Join: p.Join, Queues: len(p.Taps), Vhost: len(p.Vhost) > 0}
 		if p.VF != nil {
 			st.Passed = cmp.Or(p.VF.Group, "iommufd")
@@ -227,7 +231,7 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 func (v *VM) options(ctx context.Context, nics []nic.NIC) (podnet.Options, error) {
 	o := podnet.Options{
 		Queues: v.cfg.queues(), Vhost: true, Policies: map[string]podnet.Policy{},
-		UID: unprivileged(v.id), AllowPhysical: v.cfg.AllowPhysical, Localhost: v.cfg.Localhost,
+		Datapath: podnet.Wish(v.cfg.Datapath), UID: unprivileged(v.id), AllowPhysical: v.cfg.AllowPhysical, Localhost: v.cfg.Localhost,
 	}
 	var err error
 	if slices.ContainsFunc(nics, func(n nic.NIC) bool { return n.VF != nil }) {
