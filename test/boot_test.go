@@ -420,6 +420,38 @@ func TestBootOnTwoNetworks(t *testing.T) {
 	l.virtlet("rm", "-f", "router")
 }
 
+// A veth that is joined by redirect keeps MAC and addresses for CNI CHECK, and the guest has the same network as on a bridge.
+func TestBootByRedirect(t *testing.T) {
+	l := newLab(t)
+	l.virtlet(l.run("", "virtlet.wait6", "-d", "--name", "red", "--hostname", "red-1", "--cpus", "2", "--datapath", "redirect", "-p", "8081:80")...)
+	st, r := l.state("red"), l.report("red")
+	same(t, st, r)
+	answered(t, st, r)
+	same6(t, st, st.NICs[0], r.NICs[0])
+	if p := st.Ports[0]; p.Datapath != podnet.Redirected || p.Engine != podnet.EBPF || p.Lacks != "" || p.Queues != 2 {
+		t.Errorf("joined by %+v", p)
+	}
+	if kib := resident(t, st.Supervisor.PID); kib > 22<<10 {
+		t.Errorf("the supervisor has %d KiB resident, want at most 22 MiB", kib)
+	}
+	for _, to := range []string{address(t, st, 0).String(), "[" + testnet.Addr(t, st.NICs[0], 6).String() + "]"} {
+		if page := get(t, to); !strings.Contains(page, "red-1") {
+			t.Errorf("the guest's page at %s is %q", to, page)
+		}
+	}
+	checked := l.virtlet("inspect", "--check", "red")
+	if strings.Contains(checked, "it misses what the guest has") || !strings.Contains(checked, "in order: the guest is joined as it was") {
+		t.Errorf("inspect --check: %s", checked)
+	}
+	shown := l.virtlet("inspect", "--rules", "red")
+	for _, want := range []string{"redirect to and from eth0 by ebpf (asked for)", "ingress vlttap0: every frame: forward to eth0", "(guest-dhcpv4)"} {
+		if !strings.Contains(shown, want) {
+			t.Errorf("inspect does not show %q:\n%s", want, shown)
+		}
+	}
+	l.virtlet("rm", "-f", "red")
+}
+
 // A macvlan keeps its MAC, and is joined without a bridge.
 func TestBootOnMacvlan(t *testing.T) {
 	l := newLab(t)

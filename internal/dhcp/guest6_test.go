@@ -46,7 +46,7 @@ func serve6(t testing.TB, n nic.NIC, interval time.Duration, gateways ...string)
 	if !ok || len(notes) > 0 {
 		t.Fatalf("no lease for %+v, or notes %q", n, notes)
 	}
-	o := podnet.Options{Policies: map[string]podnet.Policy{n.Name: {Own: lease.Own()}}}
+	o := podnet.Options{Datapath: wish(t), Policies: map[string]podnet.Policy{n.Name: {Own: lease.Own()}}}
 	ports, err := podnet.Attach(t.Context(), l.pod.NS, snap, []nic.NIC{n}, o, func(podnet.Record) error { return nil })
 	if err != nil {
 		t.Fatal(err)
@@ -108,7 +108,9 @@ func (l *lab6) inside(p gopacket.Packet) bool {
 
 // The guest's own kernel finds its router by the advertisement and, without knowing it, the real gateway's MAC; and
 // finds the gateway again after that has changed.
-func TestKernelFindsTheGateway(t *testing.T) {
+func TestKernelFindsTheGateway(t *testing.T) { onEach(t, testKernelFindsTheGateway) }
+
+func testKernelFindsTheGateway(t *testing.T) {
 	n := nic.NIC{
 		Name: "eth0", MAC: mac, MTU: 1450, Addrs: prefixes("2001:db8::2/64"),
 		Routes: routes("2001:db8:1::/64", "::/0 via 2001:db8::1"),
@@ -169,7 +171,9 @@ func TestKernelFindsTheGateway(t *testing.T) {
 }
 
 // With a link-local gateway, as Calico's, the guest asks the gateway itself. The address is a host's, a /128.
-func TestKernelWithALinkLocalGateway(t *testing.T) {
+func TestKernelWithALinkLocalGateway(t *testing.T) { onEach(t, testKernelWithALinkLocalGateway) }
+
+func testKernelWithALinkLocalGateway(t *testing.T) {
 	n := nic.NIC{Name: "eth0", MAC: mac, MTU: 1440, Addrs: prefixes("2001:db8::2/128"), Routes: routes("::/0 via fe80::ecee:eeff:feee:eeee")}
 	l := serve6(t, n, time.Second, "fe80::ecee:eeff:feee:eeee/64")
 	l.node.MustRun("ip", "route", "add", "2001:db8::2/128", "dev", testnet.Bridge)
@@ -428,7 +432,9 @@ func TestFilter6(t *testing.T) {
 }
 
 // An uplink hears nothing, and what it sends looks like the guest's.
-func TestUplink(t *testing.T) {
+func TestUplink(t *testing.T) { onEach(t, testUplink) }
+
+func testUplink(t *testing.T) {
 	l := attach(t, nic.NIC{Name: "eth0", MAC: mac, MTU: 1500, Addrs: prefixes("2001:db8::2/64")})
 	up, err := l.port.Uplink()
 	if err != nil {

@@ -172,7 +172,11 @@ func (p *pod) boot(t *testing.T) *vm {
 	if v.nics, v.notes, err = nic.Plan(p.results, v.before); err != nil {
 		t.Fatal(err)
 	}
-	v.ports, err = podnet.Attach(t.Context(), p.NS, v.before, v.nics, podnet.Options{}, func(r podnet.Record) error { v.record = r; return nil })
+	wish := podnet.WishAuto
+	if strings.HasSuffix(t.Name(), "/redirect") {
+		wish = podnet.WishRedirect
+	}
+	v.ports, err = podnet.Attach(t.Context(), p.NS, v.before, v.nics, podnet.Options{Datapath: wish}, func(r podnet.Record) error { v.record = r; return nil })
 	if err != nil {
 		t.Fatal(err)
 	}

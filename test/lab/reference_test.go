@@ -54,6 +54,10 @@ func eachVersion(t *testing.T, test func(t *testing.T, version, families string)
 				test(t, v, f)
 			})
 		}
+		t.Run(v+"/dual/redirect", func(t *testing.T) { // the other datapath of a veth
+			t.Parallel()
+			test(t, v, "dual")
+		})
 	}
 }
 
@@ -133,6 +137,11 @@ func TestMacvlan(t *testing.T) {
 
 // Limits of the bandwidth plugin hold for a guest as for a pod: what is sent takes as long as they say, at least.
 func TestBandwidth(t *testing.T) {
+	t.Run("bridge", testBandwidth)
+	t.Run("redirect", testBandwidth)
+}
+
+func testBandwidth(t *testing.T) {
 	n := newNode(t, "node")
 	net := n.network(t, list("1.1.0", "lab",
 		map[string]any{"type": "bridge", "bridge": "cni0", "isGateway": true, "ipam": hostLocal("v4")},
