@@ -25,6 +25,12 @@ import (
 // Who reaches a guest that serves a page, and how: by port-forward, as a probe, at a port of the node, as a Service, and not
 // where a policy forbids it.
 func TestReach(t *testing.T) {
+	for _, datapath := range []string{"bridge", "redirect"} {
+		t.Run(datapath, func(t *testing.T) { testReach(t, datapath) })
+	}
+}
+
+func testReach(t *testing.T, datapath string) {
 	n := newNode(t)
 	n.images()
 	client := n.client()
@@ -32,6 +38,7 @@ func TestReach(t *testing.T) {
 	const hostPort = 8080
 	p, err := n.runPodWith("virtlet", "web", func(c *cri.PodSandboxConfig) {
 		c.PortMappings = []*cri.PortMapping{{Protocol: cri.Protocol_TCP, ContainerPort: 80, HostPort: hostPort}}
+		c.Annotations = map[string]string{"virtlet.cloud/datapath": datapath}
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -41,6 +48,7 @@ func TestReach(t *testing.T) {
 	ip, here := p.ip(), n.netns()
 	guest := netip.AddrPortFrom(ip, 80)
 	for want, flag := range map[string]string{
+		", " + datapath + " ":                                         "--rules", // of the TAP
 		"in order: the guest is joined as it was":                     "--check",
 		"localhost of the namespace leads to " + ip.String():          "--rules",
 		"ip saddr 127.0.0.1 ip daddr 127.0.0.1: forward to vlttap0\n": "--rules",
