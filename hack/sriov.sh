@@ -63,7 +63,7 @@ cp kernel/boot/vmlinuz-* vmlinuz
 # The modules that are wanted in level 1, with what they need, in the order of loading.
 modules=$(echo kernel/usr/lib/modules/*)
 wanted=(virtio_pci virtio_net 9pnet_virtio 9p overlay igb igbvf e1000e vfio_pci vfio_iommu_type1 8021q veth bridge tun
-	nf_tables nft_fwd_netdev vhost_net macvlan ipvlan dummy af_packet kvm_amd loop xt_comment
+	nf_tables nft_fwd_netdev cls_bpf sch_ingress vhost_net macvlan ipvlan dummy af_packet kvm_amd loop xt_comment
 	xt_MASQUERADE nft_masq nft_ct nft_nat nft_compat nft_chain_nat iptable_nat iptable_filter xt_conntrack xt_addrtype)
 mkdir -p init/bin init/modules guest-init/bin guest-init/modules system-init/bin system-init/modules
 kmod() { root/usr/lib64/ld-linux-x86-64.so.2 --library-path root/usr/lib/x86_64-linux-gnu --argv0 "$1" root/usr/bin/kmod "${@:2}"; }
