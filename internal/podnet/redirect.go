@@ -15,7 +15,7 @@ import (
 // A join by redirect has no bridge: what the rules at the ingress of each end let pass goes to the other end, and the
 // namespace's own stack sees none. So the link keeps the guest's MAC, which a macvlan and an ipvlan need: what they receive is
 // chosen by it. The rules are eBPF programs that redirect (ebpf.go), or nftables' whose last one is a forward. See
-// docs/decisions/0008-redirect-by-nftables.md and 0014-redirect-by-ebpf.md.
+// docs/decisions/0008-redirect-by-nftables.md and 0015-redirect-by-ebpf.md.
 
 // openRedirect makes the TAP.
 func (a *attempt) openRedirect(j *joint) error {
