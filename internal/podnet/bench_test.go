@@ -3,6 +3,7 @@ package podnet
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -54,17 +55,19 @@ func (a *arena) attach(t testing.TB) ([]*Port, time.Duration) {
 	return ports, took
 }
 
-// detach gives how long Detach takes, with the TAPs closed before as after QEMU's end.
+// detach gives how long Release takes, with the TAPs closed before as after QEMU's end, and then does the rest.
 func (a *arena) detach(t testing.TB, ports []*Port) time.Duration {
 	t.Helper()
 	for _, p := range ports {
 		p.Close()
 	}
 	start := time.Now()
-	if err := Detach(a.pod.NS, a.rec); err != nil {
+	err := Release(a.pod.NS, a.rec)
+	took := time.Since(start)
+	if err := errors.Join(err, Detach(a.pod.NS, a.rec)); err != nil {
 		t.Fatal(err)
 	}
-	return time.Since(start)
+	return took
 }
 
 // minimal gives how long the least takes that makes the same links: TAP, bridge, both of them joined and up, and the

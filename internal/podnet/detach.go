@@ -19,6 +19,21 @@ import (
 // ended: a guest still running loses its network. ns may be nil, where the namespace has gone: then the PCI functions
 // alone are put back, on the node.
 func Detach(ns *netns.NS, rec Record) error {
+	errs := []error{Release(ns, rec)}
+	if ns != nil {
+		k := &kernel{h: ns.Netlink()}
+		errs = append(errs, k.removeLinks(rec))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("detach: %w", err)
+	}
+	return nil
+}
+
+// Release is Detach but for the links that Attach has made: they stay, joined to nothing, until Detach or the end of the
+// namespace takes them away. The kernel waits tens of milliseconds for each (for RCU, in unregister_netdevice), and DEL
+// need not.
+func Release(ns *netns.NS, rec Record) error {
 	errs := []error{giveBack(ns, rec)}
 	if ns == nil {
 		return errs[0]
@@ -27,7 +42,7 @@ func Detach(ns *netns.NS, rec Record) error {
 	if rec.hasTable() {
 		errs = append(errs, k.removeFilters())
 	}
-	errs = append(errs, k.removeLinks(rec), ns.Do(func() error { return k.removeAllPrograms(rec) }))
+	errs = append(errs, ns.Do(func() error { return k.removeAllPrograms(rec) }))
 	// What is left to put back differs from what was seen at the start.
 	now, err := Observe(ns)
 	if err != nil {
@@ -59,10 +74,7 @@ func Detach(ns *netns.NS, rec Record) error {
 		}
 		return errors.Join(append(errs, k.restoreMultipath(rec, &now), writeSysctls(rec.Snapshot.Sysctls), writeSysctls(rec.Loopback))...)
 	}))
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("detach: %w", err)
-	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // giveBack returns the PCI functions of a record.

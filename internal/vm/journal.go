@@ -130,7 +130,7 @@ func (s Store) undoJournal(ctx context.Context, j Journal) (own, plugins error) 
 	switch {
 	case j.Network == nil:
 	case j.there():
-		own = detach(j.NetNS, *j.Network)
+		own = j.detach()
 	default:
 		own = podnet.Detach(nil, *j.Network)
 	}
@@ -157,11 +157,14 @@ func (j *Journal) there() bool {
 	return netns.Exists(j.NetNS) && (j.Inode == 0 || unix.Stat(j.NetNS, &st) == nil && st.Ino == j.Inode)
 }
 
-func detach(path string, rec podnet.Record) error {
-	ns, err := netns.Open(path)
+func (j *Journal) detach() error {
+	ns, err := netns.Open(j.NetNS)
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
-	return podnet.Detach(ns, rec)
+	if j.OwnNetNS { // with which all goes that DEL does not look at
+		return podnet.Release(ns, *j.Network)
+	}
+	return podnet.Detach(ns, *j.Network)
 }

@@ -55,6 +55,8 @@ type VM struct {
 	serve errgroup.Group     // the servers
 	quiet context.CancelFunc // ends them
 
+	closing errgroup.Group // of TAPs, which takes the kernel tens of milliseconds each: CNI DEL need not wait
+
 	progress Progress
 	done     chan struct{} // closed when all is undone
 	exit     Exit
@@ -191,27 +193,35 @@ func (v *VM) abandon(ctx context.Context) error {
 	}
 	err := v.stopServing()
 	left, uerr := v.store.undo(ctx, v.cfg.Name, false)
-	if err = errors.Join(err, uerr); err != nil {
+	if err = errors.Join(err, uerr, v.closing.Wait()); err != nil {
 		// The journal stays, and with it the name, for gc.
 		return errors.Join(err, v.lock.release())
 	}
 	return errors.Join(sentences(left), v.store.erase(v.cfg.Name), v.lock.release())
 }
 
-// stopServing ends QEMU and everything that this process does for it.
+// stopServing ends QEMU and everything that this process does for it; closing may take a moment longer.
 func (v *VM) stopServing() error {
 	errs := []error{v.Guest.close()}
 	v.quiet()
 	errs = append(errs, v.serve.Wait())
 	for _, p := range v.ports {
-		errs = append(errs, p.Close())
+		if p.VF != nil { // its driver changes only when nobody has it
+			errs = append(errs, p.Close())
+			continue
+		}
+		v.closing.Go(p.Close)
 	}
 	if v.ns == nil {
 		return errors.Join(errs...)
 	}
 	// Through the namespace that is open: a path that somebody removed meanwhile does not keep us from putting it back.
 	if v.journal.Network != nil {
-		err := podnet.Detach(v.ns, *v.journal.Network)
+		undo := podnet.Detach
+		if v.journal.OwnNetNS || v.cfg.Pod != "" { // what DEL does not look at goes with the namespace
+			undo = podnet.Release
+		}
+		err := undo(v.ns, *v.journal.Network)
 		if err == nil {
 			err = v.record(func(j *Journal) { j.Network = nil })
 		}

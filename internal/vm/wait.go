@@ -94,7 +94,7 @@ func (v *VM) supervise() {
 	v.exit = v.attend()
 	v.err = v.stopServing()
 	left, err := v.store.undo(context.Background(), v.cfg.Name, false)
-	v.err = errors.Join(v.err, err, v.dropDisk())
+	v.err = errors.Join(v.err, err, v.dropDisk(), v.closing.Wait())
 	v.note(left...)
 	for _, l := range left {
 		if v.cfg.Log != nil {
