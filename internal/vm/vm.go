@@ -55,7 +55,7 @@ type VM struct {
 	serve errgroup.Group     // the servers
 	quiet context.CancelFunc // ends them
 
-	closing errgroup.Group // of TAPs, which takes the kernel tens of milliseconds each: CNI DEL need not wait
+	closing errgroup.Group // closePorts, beside what others wait for
 
 	progress Progress
 	done     chan struct{} // closed when all is undone
@@ -200,6 +200,15 @@ func (v *VM) abandon(ctx context.Context) error {
 	return errors.Join(sentences(left), v.store.erase(v.cfg.Name), v.lock.release())
 }
 
+// closePorts ends the TAPs, which takes the kernel tens of milliseconds. An open one keeps a namespace alive.
+func (v *VM) closePorts() error {
+	var errs []error
+	for _, p := range v.ports {
+		errs = append(errs, p.Close())
+	}
+	return errors.Join(errs...)
+}
+
 // stopServing ends QEMU and everything that this process does for it; closing may take a moment longer.
 func (v *VM) stopServing() error {
 	errs := []error{v.Guest.close()}
@@ -208,17 +217,18 @@ func (v *VM) stopServing() error {
 	for _, p := range v.ports {
 		if p.VF != nil { // its driver changes only when nobody has it
 			errs = append(errs, p.Close())
-			continue
 		}
-		v.closing.Go(p.Close)
 	}
+	// While the kernel removes a TAP nobody on the machine changes a link: so it does that after our own changes, and
+	// before the end of the namespace is waited for.
+	defer v.closing.Go(v.closePorts)
 	if v.ns == nil {
 		return errors.Join(errs...)
 	}
 	// Through the namespace that is open: a path that somebody removed meanwhile does not keep us from putting it back.
 	if v.journal.Network != nil {
 		undo := podnet.Detach
-		if v.journal.OwnNetNS || v.cfg.Pod != "" { // what DEL does not look at goes with the namespace
+		if v.journal.OwnNetNS { // with which all goes that DEL does not look at
 			undo = podnet.Release
 		}
 		err := undo(v.ns, *v.journal.Network)
