@@ -13,7 +13,7 @@ DEBIAN = $$([ "$$(id -u)/$$(uname -m)" != 0/x86_64 ] || hack/debian.sh)
 VERSION = $$(git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 .NOTPARALLEL: # the tests want the machine to themselves
-.PHONY: help setup build plugins image guest debian demo test test-guest test-containerd lab-table lab-sriov lab-kubernetes lint bench bench-pods install uninstall clean
+.PHONY: help setup build plugins image guest debian demo test test-guest test-containerd lab-table lab-sriov lab-kubernetes lint bench bench-network bench-pods install uninstall clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -72,6 +72,9 @@ bench: setup build plugins ## run the benchmarks
 
 bench-pods: setup build plugins ## compare pods with those of runc
 	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/pods.sh bench
+
+bench-network: setup ## measure the datapaths beside other projects' and write docs/performance.md: 5 minutes, alone on the machine
+	@guest=$(GUEST) && CGO_ENABLED=0 go run ./test/bench -docs docs -guest "$$guest"
 
 install: ## install virtlet, the shim and the plugins below PREFIX (/usr/local)
 	@[ -x bin/virtlet ] && [ -d bin/cni ] || $(MAKE) --no-print-directory build plugins

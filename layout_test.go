@@ -47,6 +47,7 @@ var edges = map[string][]string{
 	"internal/testnet":   {"internal/netns", "internal/nic"},
 	"internal/testpci":   {"internal/pci"},
 	"test":               nil,
+	"test/bench":         {"internal/dhcp", "internal/netns", "internal/nic", "internal/podnet", "internal/qemu"},
 	"test/guest":         nil,
 	"test/guest/build":   nil,
 	"test/lab":           nil,
@@ -60,7 +61,7 @@ var edges = map[string][]string{
 
 // testOnly are packages that nothing but tests, and they themselves, may import or be part of.
 var testOnly = []string{
-	"internal/testnet", "internal/testpci", "test", "test/guest", "test/guest/build", "test/lab", "test/lab/replay", "test/pods",
+	"internal/testnet", "internal/testpci", "test", "test/bench", "test/guest", "test/guest/build", "test/lab", "test/lab/replay", "test/pods",
 	"test/sriov", "test/kubernetes", "test/kubernetes/cluster",
 }
 
@@ -69,8 +70,8 @@ var guarded = []struct {
 	prefix string
 	by     []string
 }{
-	{"github.com/vishvananda/netlink", []string{"internal/netns", "internal/podnet", "internal/testnet", "test/lab/replay"}},
-	{"github.com/cilium/ebpf", []string{"internal/podnet"}},
+	{"github.com/vishvananda/netlink", []string{"internal/netns", "internal/podnet", "internal/testnet", "test/bench", "test/lab/replay"}},
+	{"github.com/cilium/ebpf", []string{"internal/podnet", "test/bench"}},
 	{"github.com/vishvananda/netns", nil}, // a door of its own into namespaces
 	{"github.com/containernetworking/cni/pkg/types", []string{"internal/cni", "internal/nic", "internal/vm"}},
 	{"github.com/containernetworking/cni", []string{"internal/cni"}},

@@ -1,0 +1,193 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/podnet"
+)
+
+// attachRounds are how often one NIC is attached in each way.
+const attachRounds = 60
+
+// attachCost is what one datapath of the product takes for one NIC, beside the fewest calls that make the same links.
+type attachCost struct {
+	Datapath string `json:"datapath"`
+	Attach   spread `json:"attach"`   // milliseconds
+	Least    spread `json:"least"`    // milliseconds
+	Release  spread `json:"release"`  // milliseconds
+	ByLeast  spread `json:"byLeast"`  // attach by the least of the same round
+	ByAttach spread `json:"byAttach"` // release by attach
+}
+
+// measureAttach attaches one NIC again and again, by every datapath in turn.
+func measureAttach(ways []ownWay, say func(string, ...any)) (all []attachCost, err error) {
+	// Beside another VM: the machine's first filter makes the kernel patch its code, which the others do not pay for.
+	beside, err := newRig(join{name: "another VM", make: makeOwn(ways[0])}, 1)
+	if err != nil {
+		return nil, err
+	}
+	r := &rig{}
+	defer func() { err = errors.Join(err, r.Close(), beside.Close()) }()
+	if r.host, err = r.namespace("host"); err == nil {
+		r.pod, err = r.namespace("pod")
+	}
+	if err == nil {
+		err = r.addVeth(r.pod, podLink, guestMAC)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	s := samples{}
+	for range attachRounds {
+		for _, w := range ways {
+			least, err := r.timeLeast(w.least)
+			if err != nil {
+				return nil, fmt.Errorf("the least for %s: %w", w.name, err)
+			}
+			took, released, err := r.timeOwn(w)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", w.name, err)
+			}
+			s.add(w.name, "least", least)
+			s.add(w.name, "attach", took)
+			s.add(w.name, "release", released)
+		}
+	}
+	for _, w := range ways {
+		c := attachCost{
+			Datapath: w.name, Attach: s.of(w.name, "attach"), Least: s.of(w.name, "least"), Release: s.of(w.name, "release"),
+			ByLeast:  newSpread(ratios(s[w.name]["attach"], s[w.name]["least"])),
+			ByAttach: newSpread(ratios(s[w.name]["release"], s[w.name]["attach"])),
+		}
+		say("%s: attach %s ms, %s times the least; release %s ms", w.name, digits(c.Attach.Median), digits(c.ByLeast.Median), digits(c.Release.Median))
+		all = append(all, c)
+	}
+	return all, nil
+}
+
+// timeOwn gives how many milliseconds Attach and Release take, and does what is left to do.
+func (r *rig) timeOwn(w ownWay) (took, released float64, err error) {
+	a := &attached{ns: r.pod}
+	if err := r.giveAddress(); err != nil {
+		return 0, 0, err
+	}
+	snap, err := podnet.Observe(r.pod)
+	if err != nil {
+		return 0, 0, err
+	}
+	begin := time.Now()
+	err = a.join(snap, w.options(1))
+	took = ms(begin)
+	if err != nil {
+		return 0, 0, err
+	}
+	err = a.port.Close() // with QEMU's end
+	begin = time.Now()
+	err = errors.Join(err, podnet.Release(r.pod, a.rec))
+	released = ms(begin)
+	return took, released, errors.Join(err, podnet.Detach(r.pod, a.rec))
+}
+
+func ms(since time.Time) float64 { return time.Since(since).Seconds() * 1e3 }
+
+// timeLeast gives how many milliseconds the fewest calls take that make a join, and undoes them.
+func (r *rig) timeLeast(least func(r *rig, eth netlink.Link) error) (float64, error) {
+	eth, err := r.pod.Netlink().LinkByName(podLink)
+	if err != nil {
+		return 0, err
+	}
+	undo := len(r.undo)
+	begin := time.Now()
+	err = least(r, eth)
+	took := ms(begin)
+	errs := []error{err}
+	for len(r.undo) > undo {
+		errs = append(errs, r.undo[len(r.undo)-1]())
+		r.undo = r.undo[:len(r.undo)-1]
+	}
+	r.taps = nil
+	return took, errors.Join(errs...)
+}
+
+// leastTap makes a TAP in one visit to the namespace, still down.
+func (r *rig) leastTap() (netlink.Link, error) {
+	const name = "least"
+	err := r.pod.Do(func() error { return r.openQueue(name, unix.IFF_TAP|unix.IFF_NO_PI|unix.IFF_VNET_HDR) })
+	if err != nil {
+		return nil, err
+	}
+	h := r.pod.Netlink()
+	tap, err := h.LinkByName(name)
+	if err != nil {
+		return nil, err
+	}
+	return tap, h.LinkSetMTU(tap, mtu)
+}
+
+// leastBridge is what a join by bridge cannot do without.
+func leastBridge(r *rig, eth netlink.Link) error {
+	tap, err := r.leastTap()
+	if err != nil {
+		return err
+	}
+	h := r.pod.Netlink()
+	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "least-bridge", TxQLen: -1}}
+	if err := h.LinkAdd(br); err != nil {
+		return err
+	}
+	r.defers(func() error {
+		return errors.Join(h.LinkDel(br), h.LinkSetHardwareAddr(eth, guestMAC.HardwareAddr()))
+	})
+	return first(
+		func() error { return h.LinkSetHardwareAddr(eth, otherMAC.HardwareAddr()) },
+		func() error { return h.LinkSetMasterByIndex(eth, br.Index) },
+		func() error { return h.LinkSetMasterByIndex(tap, br.Index) },
+		func() error { return h.LinkSetUp(br) },
+		func() error { return h.LinkSetUp(tap) },
+		func() error { return h.LinkSetUp(eth) },
+	)
+}
+
+// leastRedirect is what a join by eBPF cannot do without.
+func leastRedirect(r *rig, eth netlink.Link) error {
+	tap, err := r.leastTap()
+	if err != nil {
+		return err
+	}
+	if err := r.redirectBetween(eth, tap, true); err != nil {
+		return err
+	}
+	return r.pod.Netlink().LinkSetUp(tap)
+}
+
+// first does one after another until one fails.
+func first(steps ...func() error) error {
+	for _, do := range steps {
+		if err := do(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// giveAddress gives the pod's link the guest's address, as a plugin does. It may have it.
+func (r *rig) giveAddress() error { return giveAddress(r.pod) }
+
+func giveAddress(pod *netns.NS) error {
+	eth, err := pod.Netlink().LinkByName(podLink)
+	if err == nil {
+		err = pod.Netlink().AddrReplace(eth, &netlink.Addr{IPNet: ipNet(guestAddr)})
+	}
+	if err != nil {
+		return fmt.Errorf("add the pod's address: %w", err)
+	}
+	return nil
+}

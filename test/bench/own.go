@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/podnet"
+)
+
+// Names that bars speak of.
+const (
+	ownBridge   = "virtlet bridge"
+	ownRedirect = "virtlet redirect"
+	ownNftables = "virtlet nftables"
+)
+
+// ownWay is a datapath of the product, made by [podnet.Attach] as for any guest: filters and spoof check included.
+type ownWay struct {
+	name, about string
+	macvlan     bool                                 // what the pod's link is: a veth otherwise
+	set         func(*podnet.Options)                // which datapath is asked for
+	least       func(r *rig, eth netlink.Link) error // the fewest calls that make such a join; nil: it is not attached for its cost
+}
+
+func (w ownWay) options(queues int) podnet.Options {
+	o := podnet.Options{Queues: queues}
+	if w.set != nil {
+		w.set(&o)
+	}
+	return o
+}
+
+// ownWays is every datapath that the product has.
+func ownWays() []ownWay {
+	return []ownWay{
+		{name: ownBridge, about: "by `podnet.Attach`: a bridge, with filters and spoof check by nftables", least: leastBridge},
+		{name: ownNftables, about: "by `podnet.Attach` on a macvlan: filters, spoof check and redirect by nftables; one device more than the others", macvlan: true},
+	}
+}
+
+// timedWays are those whose attaching is compared with the least.
+func timedWays() (all []ownWay) {
+	for _, w := range ownWays() {
+		if w.least != nil {
+			all = append(all, w)
+		}
+	}
+	return all
+}
+
+// makeOwn has the product make a join.
+func makeOwn(w ownWay) func(*rig, int) error {
+	return func(r *rig, queues int) error {
+		add := func() error { return r.addVeth(r.pod, podLink, guestMAC) }
+		if w.macvlan {
+			add = r.addMacvlan
+		}
+		if err := errors.Join(add(), giveAddress(r.pod)); err != nil {
+			return err
+		}
+		snap, err := podnet.Observe(r.pod)
+		if err != nil {
+			return err
+		}
+		a := &attached{ns: r.pod}
+		if err := a.join(snap, w.options(queues)); err != nil {
+			return err
+		}
+		r.defers(a.detach)
+		r.taps = a.port.Taps
+		return nil
+	}
+}
+
+// addMacvlan gives the pod one, whose parent is the veth's end in a namespace of its own.
+func (r *rig) addMacvlan() error {
+	parent, err := r.namespace("parent")
+	if err != nil {
+		return err
+	}
+	if err := r.addVeth(parent, "up0", otherMAC); err != nil {
+		return err
+	}
+	up, err := parent.Netlink().LinkByName("up0")
+	if err != nil {
+		return err
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name, attrs.ParentIndex, attrs.HardwareAddr = podLink, up.Attrs().Index, guestMAC.HardwareAddr()
+	mv := &netlink.Macvlan{LinkAttrs: attrs, Mode: netlink.MACVLAN_MODE_BRIDGE}
+	if err := parent.Netlink().LinkAdd(mv); err != nil {
+		return fmt.Errorf("add macvlan: %w", err)
+	}
+	return errors.Join(moveTo(parent, r.pod, mv), upIn(r.pod, podLink))
+}
+
+// attached is a pod's link joined by the product.
+type attached struct {
+	ns   *netns.NS
+	port *podnet.Port
+	rec  podnet.Record
+}
+
+// join gives the pod's link to the guest.
+func (a *attached) join(snap nic.Snapshot, o podnet.Options) error {
+	ports, err := podnet.Attach(context.Background(), a.ns, snap, []nic.NIC{guestNIC()}, o, func(r podnet.Record) error { a.rec = r; return nil })
+	if err != nil {
+		return err
+	}
+	a.port = ports[0]
+	return nil
+}
+
+func (a *attached) detach() error { return errors.Join(a.port.Close(), podnet.Detach(a.ns, a.rec)) }
+
+func guestNIC() nic.NIC {
+	return nic.NIC{Name: podLink, MAC: guestMAC, MTU: mtu, Addrs: prefixes(guestAddr), Routes: []nic.Route{{Dst: anywhere, Gw: hostAddr.Addr()}}}
+}
