@@ -160,10 +160,11 @@ func clusterRules(n nic.NIC, p Policy) []rule {
 	}
 	rules = append(rules, fragments(ClusterHidden)...)
 	rules = append(rules, notTCP())
-	rules = append(rules, wrapped(ClusterHidden)...)
 	if !p.ExternalDHCP {
-		rules = append(rules, rule{ClusterDHCPv4, nil, toUDP(dhcpClient)}, rule{ClusterDHCPv6, nil, toUDP(dhcpv6Client)})
+		rules = append(rules, rule{ClusterDHCPv4, underUDP, udpTo.is(dhcpClient)}, rule{ClusterDHCPv6, underUDP, udpTo.is(dhcpv6Client)})
 	}
+	rules = append(rules, notUDP())
+	rules = append(rules, wrapped(ClusterHidden)...)
 	if !p.ExternalRA {
 		rules = append(rules, rule{ClusterRA, underICMP, icmp6Type.is(advertiseRouter)})
 		for _, a := range p.Own { // or anybody could be the guest's router
@@ -235,7 +236,7 @@ func sourceRules(n nic.NIC, p Policy) []rule {
 	return rules
 }
 
-// datagramRules are those for DHCP.
+// datagramRules are those for UDP.
 func datagramRules(p Policy, check bool) []rule {
 	var rules []rule
 	if p.ExternalDHCP && check { // from 0.0.0.0, too
@@ -246,8 +247,9 @@ func datagramRules(p Policy, check bool) []rule {
 	}
 	if check {
 		rules = append(rules, rule{RogueDHCPv4, underUDP, udpTo.is(dhcpClient)}, rule{RogueDHCPv6, underUDP, udpTo.is(dhcpv6Client)})
+		rules = append(rules, rule{SpoofedIPv4, underUDP, all(protocol.is(ipv4), ip4From.is(noIPv4))})
 	}
-	return rules
+	return append(rules, notUDP())
 }
 
 // arpRules keep questions for our own addresses inside, and hold the guest to its own ones. 0.0.0.0 is the sender of
@@ -304,6 +306,9 @@ func icmpRules(n nic.NIC, p Policy, check bool) []rule {
 // notTCP lets TCP pass: nothing of what follows is of it, and most frames are.
 func notTCP() rule { return rule{"", nil, l4proto.is(tcp)} }
 
+// notUDP ends what there is for UDP in the same way. With it a frame meets half as many rules.
+func notUDP() rule { return rule{"", underUDP, match{}} }
+
 // fragments let the later fragments of a packet pass: they come to nothing without the first. They have data where the
 // others have a transport header, which would match at random. Of IPv6, they drop a first fragment whose extension
 // headers go on behind the fragment header: what they lead to may be in the next one, out of sight (RFC 7112), and
@@ -329,9 +334,6 @@ func wrapped(why Reason) []rule {
 		{why, nil, all(protocol.is(llc), snap.is(named("", 0xaa, 0xaa, 3, 0, 0, 0)))},
 	}
 }
-
-// toUDP matches datagrams to a port, of IPv4 and IPv6.
-func toUDP(port value) match { return all(underUDP.match, udpTo.is(port)) }
 
 // addrs are the NIC's addresses by family.
 func addrs(n nic.NIC) (v4, v6 []value) {

@@ -87,14 +87,15 @@ func (r *rig) stream(outward bool, frame func(way, uint16) []byte, d time.Durati
 			return t, nil
 		}
 	}
+	err := awaitFirst(read)
 	time.Sleep(warmUp)
-	before, err := read()
+	before, err0 := read()
 	cpu, begin := cpuTime(), time.Now()
 	time.Sleep(d)
 	took, used := time.Since(begin), cpuTime()-cpu
 	after, err2 := read()
 	stop.Store(true)
-	if err := errors.Join(err, err2, wait(&workers, errs)); err != nil {
+	if err := errors.Join(err, err0, err2, wait(&workers, errs)); err != nil {
 		return rate{}, err
 	}
 	n := float64(after.Packets - before.Packets)
@@ -104,6 +105,22 @@ func (r *rig) stream(outward bool, frame func(way, uint16) []byte, d time.Durati
 	return rate{
 		packets: n / took.Seconds(), bits: 8 * float64(after.Bytes-before.Bytes) / took.Seconds(), cpu: float64(used.Nanoseconds()) / n,
 	}, nil
+}
+
+// awaitFirst waits for a frame: on a busy machine threads do not run at once.
+func awaitFirst(read func() (tally, error)) error {
+	const patience = 5 * time.Second
+	was, err := read()
+	for end := time.Now().Add(patience); err == nil; time.Sleep(time.Millisecond) {
+		var now tally
+		if now, err = read(); now.Packets != was.Packets {
+			return err
+		}
+		if time.Now().After(end) {
+			return errNothing
+		}
+	}
+	return err
 }
 
 func wait(workers *sync.WaitGroup, errs chan error) error {
