@@ -25,8 +25,10 @@ const offloads = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
 // bigGuest is a guest with offloads and as many queues as the port has.
 type bigGuest struct {
 	*testnet.Namespace
-	read    []atomic.Int64 // frames by the pod's queue, toward the guest
-	longest atomic.Int64   // bytes of the longest frame from the guest, with its virtio-net header
+	taps        []*os.File     // its own ends
+	read        []atomic.Int64 // frames by the pod's queue, toward the guest
+	longest     atomic.Int64   // bytes of the longest frame from the guest, with its virtio-net header
+	longestRead atomic.Int64   // the same toward the guest
 }
 
 // newBigGuest is testnet.NewGuest with all that QEMU can do.
@@ -35,14 +37,9 @@ func newBigGuest(t testing.TB, n nic.NIC, p *Port) *bigGuest {
 	g := &bigGuest{Namespace: testnet.New(t, "guest"), read: make([]atomic.Int64, len(p.Taps))}
 	var mine []*os.File
 	g.Must(func() (err error) { mine, err = openTap(n.Name, len(p.Taps), len(p.Taps) > 1); return err })
+	g.taps = mine
 	for _, f := range []*os.File{mine[0], p.Taps[0]} {
-		raw, err := f.SyscallConn()
-		if err != nil {
-			t.Fatal(err)
-		}
-		var set error
-		err = raw.Control(func(fd uintptr) { set = unix.IoctlSetInt(int(fd), unix.TUNSETOFFLOAD, offloads) })
-		if err = errors.Join(err, set); err != nil {
+		if err := setOffloads(f, offloads); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -63,12 +60,13 @@ func newBigGuest(t testing.TB, n nic.NIC, p *Port) *bigGuest {
 			}
 		})
 	}
+	most := func(of *atomic.Int64, k int) {
+		for old := of.Load(); int64(k) > old && !of.CompareAndSwap(old, int64(k)); old = of.Load() {
+		}
+	}
 	for i, tap := range p.Taps {
-		wire(mine[i], tap, func(int) { g.read[i].Add(1) })
-		wire(tap, mine[i], func(k int) {
-			for old := g.longest.Load(); int64(k) > old && !g.longest.CompareAndSwap(old, int64(k)); old = g.longest.Load() {
-			}
-		})
+		wire(mine[i], tap, func(k int) { g.read[i].Add(1); most(&g.longestRead, k) })
+		wire(tap, mine[i], func(k int) { most(&g.longest, k) })
 	}
 	t.Cleanup(func() {
 		for _, f := range append(mine, p.Taps...) {
