@@ -44,7 +44,11 @@ func Release(ns *netns.NS, rec Record) error {
 	}
 	errs = append(errs, ns.Do(func() error { return k.removeAllPrograms(rec) }))
 	// What is left to put back differs from what was seen at the start.
-	now, err := Observe(ns)
+	links, err := observeLinks(ns)
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	now, err := observeNetwork(ns, links)
 	if err != nil {
 		return errors.Join(append(errs, err)...)
 	}
@@ -58,7 +62,7 @@ func Release(ns *netns.NS, rec Record) error {
 		}
 	}
 	// A second look: addresses bring routes back with them, and switching IPv6 on brings addresses.
-	if now, err = Observe(ns); err != nil {
+	if now, err = observeNetwork(ns, links); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
 	errs = append(errs, ns.Do(func() error {

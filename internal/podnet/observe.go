@@ -18,11 +18,37 @@ import (
 // Observe reads the links of the namespace with their addresses, routes and the settings that Attach would change.
 // It changes nothing.
 func Observe(ns *netns.NS) (nic.Snapshot, error) {
-	h := ns.Netlink()
-	links, err := netns.Dump(h.LinkList)
+	links, err := observeLinks(ns)
 	if err != nil {
-		return nic.Snapshot{}, fmt.Errorf("observe namespace: list links: %w", err)
+		return nic.Snapshot{}, err
 	}
+	s, err := observeNetwork(ns, links)
+	if err != nil {
+		return s, err
+	}
+	return s, ns.Do(func() error {
+		s.Sysctls = readSysctls(nsSysctls)
+		for i := range s.Links {
+			if found := readSysctls(linkSysctls(s.Links[i].Name)); len(found) > 0 {
+				s.Links[i].Sysctls = found
+			}
+		}
+		return nil
+	})
+}
+
+// observeLinks reads the links alone.
+func observeLinks(ns *netns.NS) ([]netlink.Link, error) {
+	links, err := netns.Dump(ns.Netlink().LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("observe namespace: list links: %w", err)
+	}
+	return links, nil
+}
+
+// observeNetwork reads the addresses and routes of links, and gives all of a snapshot but the settings.
+func observeNetwork(ns *netns.NS, links []netlink.Link) (nic.Snapshot, error) {
+	h := ns.Netlink()
 	addrs, err := netns.Dump(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nic.Snapshot{}, fmt.Errorf("observe namespace: list addresses: %w", err)
@@ -38,16 +64,15 @@ func Observe(ns *netns.NS) (nic.Snapshot, error) {
 		}
 		routes = append(routes, all...)
 	}
-	return snapshot(ns, links, addrs, routes)
+	return snapshot(links, addrs, routes), nil
 }
 
-func snapshot(ns *netns.NS, links []netlink.Link, addrs []netlink.Addr, routes []netlink.Route) (nic.Snapshot, error) {
+func snapshot(links []netlink.Link, addrs []netlink.Addr, routes []netlink.Route) (s nic.Snapshot) {
 	slices.SortFunc(links, func(a, b netlink.Link) int { return cmp.Compare(a.Attrs().Index, b.Attrs().Index) })
 	names := map[int]string{}
 	for _, l := range links {
 		names[l.Attrs().Index] = l.Attrs().Name
 	}
-	var s nic.Snapshot
 	for _, l := range links {
 		a := l.Attrs()
 		if a.RawFlags&unix.IFF_LOOPBACK != 0 {
@@ -71,15 +96,7 @@ func snapshot(ns *netns.NS, links []netlink.Link, addrs []netlink.Addr, routes [
 		}
 		s.Links = append(s.Links, link)
 	}
-	return s, ns.Do(func() error {
-		s.Sysctls = readSysctls(nsSysctls)
-		for i := range s.Links {
-			if found := readSysctls(linkSysctls(s.Links[i].Name)); len(found) > 0 {
-				s.Links[i].Sysctls = found
-			}
-		}
-		return nil
-	})
+	return s
 }
 
 // describe adds what links of one kind alone have.

@@ -89,11 +89,10 @@ func (r *rig) timeOwn(w ownWay) (took, released float64, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
-	err = a.port.Close() // with QEMU's end
 	begin = time.Now()
-	err = errors.Join(err, podnet.Release(r.pod, a.rec))
+	err = podnet.Release(r.pod, a.rec)
 	released = ms(begin)
-	return took, released, errors.Join(err, podnet.Detach(r.pod, a.rec))
+	return took, released, errors.Join(err, a.detach())
 }
 
 func ms(since time.Time) float64 { return time.Since(since).Seconds() * 1e3 }

@@ -14,9 +14,11 @@ func (r *report) addBars(s samples) {
 	packets, rr := "packets-out-64-q1", "rr-p50"
 	add(bar{Promise: "redirect by the bridge, packets/s from the guest", Got: s.ratio(ownRedirect, ownBridge, packets), Bound: 1.25, AtLeast: true})
 	add(bar{Promise: "redirect by no join, TCP_RR p50", Got: s.ratio(ownRedirect, noJoin, rr), Bound: 1.15})
-	for _, by := range []string{"KubeVirt's bridge", "Ignite's bridge", handBridge} {
+	for _, by := range []string{"KubeVirt's bridge", "Ignite's bridge"} {
 		add(bar{Promise: fmt.Sprintf("the bridge by %s, packets/s from the guest", by), Got: s.ratio(ownBridge, by, packets), Bound: 1, AtLeast: true})
 	}
+	// That has no filters: what ours cost is in the difference, and is not to grow.
+	add(bar{Promise: "the bridge by one without filters, packets/s from the guest", Got: s.ratio(ownBridge, handBridge, packets), Bound: 0.8, AtLeast: true})
 	for _, a := range r.Attach {
 		bound := 1.5
 		if a.Datapath == ownRedirect {

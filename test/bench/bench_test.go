@@ -119,7 +119,7 @@ func TestBars(t *testing.T) {
 		seen = append(seen, b.Promise+": "+b.verdict())
 	}
 	text := strings.Join(seen, "\n")
-	for _, want := range []string{"redirect by no join, TCP_RR p50: not measured", "the bridge by bridge, packets/s from the guest: holds"} {
+	for _, want := range []string{"redirect by no join, TCP_RR p50: not measured", "the bridge by one without filters, packets/s from the guest: holds"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %q in\n%s", want, text)
 		}
