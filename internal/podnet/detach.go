@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/netns"
@@ -22,7 +23,7 @@ func Detach(ns *netns.NS, rec Record) error {
 	errs := []error{Release(ns, rec)}
 	if ns != nil {
 		k := &kernel{h: ns.Netlink()}
-		errs = append(errs, k.removeLinks(rec))
+		errs = append(errs, ns.Do(func() error { return k.removeLinks(rec) }))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("detach: %w", err)
@@ -121,9 +122,14 @@ func same(want, is *nic.Link) bool {
 	return is.Index == want.Index || want.ParentDev != "" && want.ParentDev == is.ParentDev && want.ParentBus == is.ParentBus
 }
 
-// removeLinks deletes the bridges and TAPs of Attach.
+// leavings is the group that links of ours are put into to be deleted together. Nobody else has reason to use the number.
+const leavings = 0x766c7474
+
+// removeLinks deletes the bridges and TAPs of Attach, all by one request: the kernel then waits once for all of them. The
+// calling thread is in the namespace.
 func (k *kernel) removeLinks(rec Record) error {
 	var errs []error
+	var found []netlink.Link
 	for _, j := range rec.Joins {
 		for name, kind := range map[string]string{j.Bridge: "bridge", j.Tap: "tuntap"} {
 			if name == "" || name == j.Link {
@@ -137,12 +143,26 @@ func (k *kernel) removeLinks(rec Record) error {
 				continue // somebody else's
 			}
 			if err == nil {
-				err = k.h.LinkDel(link)
+				err = k.h.LinkSetGroup(link, leavings)
 			}
-			if err != nil && !errors.Is(err, unix.ENODEV) {
+			if errors.Is(err, unix.ENODEV) {
+				continue // just gone
+			}
+			if err != nil {
 				errs = append(errs, fmt.Errorf("remove %s: %w", name, err))
+				continue
 			}
+			found = append(found, link)
 		}
+	}
+	if len(found) == 0 {
+		return errors.Join(errs...)
+	}
+	req := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
+	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
+	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(leavings)))
+	if _, err := req.Execute(unix.NETLINK_ROUTE, 0); err != nil && !errors.Is(err, unix.ENODEV) {
+		errs = append(errs, fmt.Errorf("remove our links: %w", err))
 	}
 	return errors.Join(errs...)
 }

@@ -40,7 +40,7 @@ func (o options) does(part string) bool { return o.only == "" || o.only == part 
 
 func run() (int, error) {
 	var o options
-	flag.DurationVar(&o.traffic, "traffic", 150*time.Second, "how long traffic is measured; everything else takes about two minutes more")
+	flag.DurationVar(&o.traffic, "traffic", 120*time.Second, "how long traffic is measured; everything else takes three minutes more")
 	flag.StringVar(&o.json, "json", "", "write all figures to `FILE`")
 	flag.StringVar(&o.docs, "docs", "", "write tables and plots into performance.md in `DIR`")
 	flag.StringVar(&o.guest, "guest", "", "boot the test guest in `DIR` (make guest)")
