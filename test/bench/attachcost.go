@@ -155,18 +155,6 @@ func leastBridge(r *rig, eth netlink.Link) error {
 	)
 }
 
-// leastRedirect is what a join by eBPF cannot do without.
-func leastRedirect(r *rig, eth netlink.Link) error {
-	tap, err := r.leastTap()
-	if err != nil {
-		return err
-	}
-	if err := r.redirectBetween(eth, tap, true); err != nil {
-		return err
-	}
-	return r.pod.Netlink().LinkSetUp(tap)
-}
-
 // first does one after another until one fails.
 func first(steps ...func() error) error {
 	for _, do := range steps {
