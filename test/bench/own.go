@@ -16,7 +16,7 @@ import (
 const (
 	ownBridge   = "virtlet bridge"
 	ownRedirect = "virtlet redirect"
-	ownNftables = "virtlet nftables"
+	ownMacvlan  = "virtlet on macvlan"
 )
 
 // ownWay is a datapath of the product, made by [podnet.Attach] as for any guest: filters and spoof check included.
@@ -37,9 +37,20 @@ func (w ownWay) options(queues int) podnet.Options {
 
 // ownWays is every datapath that the product has.
 func ownWays() []ownWay {
+	wish := func(w podnet.Wish) func(*podnet.Options) { return func(o *podnet.Options) { o.Datapath = w } }
 	return []ownWay{
-		{name: ownBridge, about: "by `podnet.Attach`: a bridge, with filters and spoof check by nftables", least: leastBridge},
-		{name: ownNftables, about: "by `podnet.Attach` on a macvlan: filters, spoof check and redirect by nftables; one device more than the others", macvlan: true},
+		{
+			name: ownRedirect, about: "by `podnet.Attach`: filters, spoof check and redirect, to the peer where it can be, by eBPF",
+			set: wish(podnet.WishRedirect), least: leastRedirect,
+		},
+		{
+			name: ownBridge, about: "by `podnet.Attach`: a bridge, with filters and spoof check by nftables",
+			set: wish(podnet.WishBridge), least: leastBridge,
+		},
+		{
+			name: ownMacvlan, about: "by `podnet.Attach` on a macvlan: as virtlet redirect, but with one device more, and no peer",
+			macvlan: true, set: wish(podnet.WishRedirect),
+		},
 	}
 }
 
