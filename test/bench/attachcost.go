@@ -155,6 +155,31 @@ func leastBridge(r *rig, eth netlink.Link) error {
 	)
 }
 
+// leastRedirect is what a join by eBPF cannot do without.
+func leastRedirect(r *rig, eth netlink.Link) error {
+	tap, err := r.leastTap()
+	if err != nil {
+		return err
+	}
+	h := r.pod.Netlink()
+	for _, way := range []struct {
+		from, to netlink.Link
+		peer     bool
+	}{{tap, eth, true}, {eth, tap, false}} {
+		prog, err := redirect(way.to.Attrs().Index, way.peer)
+		if err != nil {
+			return err
+		}
+		err = addFilter(h, way.from.Attrs().Index, prog)
+		prog.Close() // the filter holds it
+		if err != nil {
+			return err
+		}
+	}
+	r.defers(func() error { return h.QdiscDel(clsact(eth.Attrs().Index)) })
+	return h.LinkSetUp(tap)
+}
+
 // first does one after another until one fails.
 func first(steps ...func() error) error {
 	for _, do := range steps {

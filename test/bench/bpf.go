@@ -7,6 +7,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/virtlet/virtlet/internal/netns"
 )
@@ -123,4 +125,24 @@ func attachIngress(ns *netns.NS, index int, prog *ebpf.Program) (l link.Link, er
 		return nil, fmt.Errorf("attach a program (needs Linux 6.6): %w", err)
 	}
 	return l, nil
+}
+
+// addFilter puts a program at a device's ingress by clsact, which takes a hundredth of the time: for tcx the kernel waits until
+// no packet is under way.
+func addFilter(h *netlink.Handle, index int, prog *ebpf.Program) error {
+	if err := h.QdiscAdd(clsact(index)); err != nil {
+		return fmt.Errorf("add qdisc clsact: %w", err)
+	}
+	err := h.FilterAdd(&netlink.BpfFilter{
+		FilterAttrs: netlink.FilterAttrs{LinkIndex: index, Parent: netlink.HANDLE_MIN_INGRESS, Protocol: unix.ETH_P_ALL, Priority: 1},
+		Fd:          prog.FD(), Name: "bench", DirectAction: true,
+	})
+	if err != nil {
+		return fmt.Errorf("add filter: %w", err)
+	}
+	return nil
+}
+
+func clsact(index int) netlink.Qdisc {
+	return &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{LinkIndex: index, Parent: netlink.HANDLE_CLSACT, Handle: netlink.MakeHandle(0xffff, 0)}}
 }
