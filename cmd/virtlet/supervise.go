@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -65,7 +64,7 @@ func (a *app) supervise(cfg vm.Config, report func(message), started func(*vm.VM
 		end, err := v.Wait()
 		return errors.Join(end.Err(), err)
 	}
-	debug.FreeOSMemory() // what starting took is not needed for the long wait
+	vm.Rest()
 	go obey(v, signals, report)
 	shown := started(v)
 	end, err := v.Wait()

@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"runtime"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -47,7 +46,7 @@ type daemon struct {
 func newDaemon(s Shim, namespace, id, events string, log *slog.Logger) *daemon {
 	return &daemon{
 		Shim: s, id: id, namespace: namespace, log: log, events: newPublisher(events, namespace, log),
-		tasks: map[string]*task{}, quit: make(chan struct{}), rest: time.AfterFunc(restAfter, giveBack),
+		tasks: map[string]*task{}, quit: make(chan struct{}), rest: time.AfterFunc(restAfter, vm.Rest),
 	}
 }
 
@@ -58,12 +57,6 @@ const gcPercent = 20
 // restAfter is when a pod is at rest: what it took to make a part of it is not needed again for long, and given back then,
 // not while somebody waits for an answer.
 const restAfter = time.Second
-
-// giveBack gives memory that is not used to the system. What pools hold is free after the second collection only.
-func giveBack() {
-	runtime.GC()
-	debug.FreeOSMemory()
-}
 
 // goodbye is how long the last answers may take.
 const goodbye = 3 * time.Second

@@ -267,9 +267,8 @@ func TestPod(t *testing.T) {
 	p.remove(before)
 }
 
-// shimSize is how large a shim may be at rest, in MB: docs/kubernetes.md has what it is, some of which is the program's
-// own size, shared by all.
-const shimSize = 16
+// shimSize is how large a shim may be at rest, in MB: what it has of its own and the pages of its program that it uses.
+const shimSize = 15
 
 // Five pods at once, each with a disk image in the way of containerDisks; their guests do nothing.
 func TestPodsAtOnce(t *testing.T) {
