@@ -214,10 +214,10 @@ func (v *VM) stopServing() error {
 	errs := []error{v.Guest.close()}
 	v.quiet()
 	errs = append(errs, v.serve.Wait())
-	for _, p := range v.ports {
-		if p.VF != nil { // its driver changes only when nobody has it
-			errs = append(errs, p.Close())
-		}
+	if slices.ContainsFunc(v.ports, func(p *podnet.Port) bool { return p.VF != nil }) {
+		// The driver of a PCI function changes only when nobody has it, and a vhost descriptor keeps QEMU's memory, into
+		// which the function is mapped, after QEMU's end (vhost_dev_set_owner of the kernel).
+		errs = append(errs, v.closePorts())
 	}
 	// While the kernel removes a TAP nobody on the machine changes a link: so it does that after our own changes, and
 	// before the end of the namespace is waited for.
