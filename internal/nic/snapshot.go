@@ -37,6 +37,7 @@ type Link struct {
 	AllMulti   bool `json:"allMulti,omitempty"`   // it takes every multicast frame: somebody set IFF_ALLMULTI
 	MultiQueue bool `json:"multiQueue,omitempty"` // of a TAP: it takes several queues, and no other descriptor
 	InUse      bool `json:"inUse,omitempty"`      // of a TAP: a process is known to hold it open
+	Away       bool `json:"away,omitempty"`       // of a veth: its other end is in another namespace
 
 	Master string `json:"master,omitempty"` // the bridge that the link is a port of
 	// ParentBus and ParentDev are rtnetlink's IFLA_PARENT_DEV_BUS_NAME and IFLA_PARENT_DEV_NAME: "pci", "0000:01:10.0".

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/google/nftables"
@@ -32,9 +33,9 @@ type attempt struct {
 	o    Options
 
 	joints   []*joint
-	rtnl     *nl.SocketHandle // for set
+	rtnl     *nl.SocketHandle // for set, which opens it
 	ready    chan opened      // gets one value, once all TAPs are there
-	filtered chan error       // gets one value: how laying the filters ended
+	filtered chan filtered    // gets one value, at last
 }
 
 // joint is one NIC's join in the making.
@@ -43,8 +44,15 @@ type joint struct {
 	link   *nic.Link    // as Observe saw it
 	bridge netlink.Link // of a join by bridge
 
-	peer  bool      // of a redirect by eBPF: whether it is to the link's peer
-	progs []*loaded // of the same
+	// Of a redirect by eBPF: whether it is to the link's peer, and why programs cannot be filters of clsact.
+	peer     bool
+	noClsact error
+}
+
+// filtered is how laying the filters ended, with the programs by NIC that are to be put in place.
+type filtered struct {
+	progs [][]*loaded
+	err   error
 }
 
 // opened is what filter waits for.
@@ -73,53 +81,51 @@ const noSocket = -1
 func newAttempt(ns *netns.NS, rec Record, nics []nic.NIC, o Options) *attempt {
 	return &attempt{
 		kernel: kernel{h: ns.Netlink(), nft: ns.Nftables()}, rec: rec, nics: nics, o: o,
-		ready: make(chan opened, 1), filtered: make(chan error, 1),
+		ready: make(chan opened, 1), filtered: make(chan filtered, 1),
 	}
 }
 
 // filter lays the filters while attach goes on with the links that it has made. (While it makes them would be no gain:
-// the kernel lets a new link wait for a batch.) Programs it loads, and attach puts them in place. It ends before attach does.
+// the kernel lets a new link wait for a batch.) Programs need no links, and may be there already; attach puts them in place. It
+// ends before attach does.
 func (a *attempt) filter() {
 	b := filters(a.rec.Joins, a.nics, a.o.Policies)
+	progs, err := a.o.Programs.of(a.rec.Joins, a.nics, a.o)
 	on := <-a.ready
-	if !on.ok {
-		a.filtered <- nil
-		return
+	if on.nfnl != noSocket {
+		defer unix.Close(on.nfnl)
 	}
-	var err error
-	if b != nil {
+	if err == nil && on.ok && b != nil {
 		for _, j := range a.joints { // they are all there now
 			b.addForwards(j)
 		}
 		b.addLocalhost(a.joints)
-		if err = cmp.Or(a.lacks(needNftables), b.send(on.nfnl)); err != nil {
+		if err = cmp.Or(a.o.lacks(needNftables), b.send(on.nfnl)); err != nil {
 			err = &lack{needNftables, fmt.Errorf("add filters: %w (needs %s)", err, strings.Join(filterConfigs(a.rec.Joins), ", "))}
 		}
-		unix.Close(on.nfnl)
 	}
-	for _, j := range a.joints {
-		if err == nil && j.Join.engine() == EBPF {
-			err = j.named(a.load(j, localAddrs(a.rec.Joins)))
-		}
-	}
-	a.filtered <- err
+	a.filtered <- filtered{progs, err}
 }
 
 // lacks is the error that a test wants.
-func (a *attempt) lacks(n need) error {
-	if a.o.fail == nil {
+func (o *Options) lacks(n need) error {
+	if o.fail == nil {
 		return nil
 	}
-	return a.o.fail(n)
+	return o.fail(n)
+}
+
+func (a *attempt) close() {
+	if a.rtnl != nil {
+		a.rtnl.Socket.Close()
+	}
 }
 
 // attach makes the ports inside the namespace. All filters are there before the first frame can pass. The ports own
 // descriptors, also beside an error.
 func (a *attempt) attach(ctx context.Context) ([]*Port, error) {
+	defer a.close()
 	err := a.open()
-	if a.rtnl != nil {
-		defer a.rtnl.Socket.Close()
-	}
 	nfnl := noSocket
 	if err == nil && a.rec.hasTable() {
 		nfnl, err = openNetfilter()
@@ -135,14 +141,9 @@ func (a *attempt) attach(ctx context.Context) ([]*Port, error) {
 			err = j.named(ways[j.Join.datapath()].join(a, j))
 		}
 	}
-	err = errors.Join(err, <-a.filtered)
-	for _, j := range a.joints {
-		if err == nil {
-			err = j.named(a.place(j))
-		}
-		for _, l := range j.progs {
-			l.close()
-		}
+	laid := <-a.filtered
+	if err = errors.Join(err, laid.err); err == nil {
+		err = a.place(laid.progs)
 	}
 	if err != nil {
 		return ports, err
@@ -182,16 +183,16 @@ func (a *attempt) open() error {
 	if err := writeSysctls(nsSysctls); err != nil {
 		return err
 	}
+	if slices.ContainsFunc(a.rec.Joins, func(j Join) bool { return j.datapath() != Redirected }) {
+		if err := writeSysctls(bridgeSysctls); err != nil {
+			return err
+		}
+	}
 	if len(localAddrs(a.rec.Joins)) > 0 {
 		if err := writeSysctls(loopbackSysctls); err != nil {
 			return err
 		}
 	}
-	rtnl, err := nl.Subscribe(unix.NETLINK_ROUTE)
-	if err != nil {
-		return fmt.Errorf("open rtnetlink: %w", err)
-	}
-	a.rtnl = &nl.SocketHandle{Socket: rtnl}
 	for i, n := range a.nics {
 		r := a.rec.Joins[i]
 		j := &joint{Port: Port{NIC: n, Join: r}, link: a.rec.Snapshot.Link(r.Link)}
@@ -227,6 +228,13 @@ func (k *kernel) silence(dev netlink.Link, link *nic.Link) error {
 
 // set changes several things of a link in one message, which the library has no call for. flags are those to be set.
 func (a *attempt) set(index int, flags uint32, attrs ...*nl.RtAttr) error {
+	if a.rtnl == nil {
+		rtnl, err := nl.Subscribe(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open rtnetlink: %w", err)
+		}
+		a.rtnl = &nl.SocketHandle{Socket: rtnl}
+	}
 	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
 	req.Sockets = map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: a.rtnl}
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)

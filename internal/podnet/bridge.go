@@ -15,7 +15,7 @@ func (a *attempt) openBridge(j *joint) error {
 		return err
 	}
 	name := j.Join.Bridge
-	if err := a.lacks(needBridge); err != nil {
+	if err := a.o.lacks(needBridge); err != nil {
 		return &lack{needBridge, err}
 	}
 	index, err := ioctlLink(name, unix.SIOCBRADDBR)

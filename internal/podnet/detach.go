@@ -3,6 +3,7 @@ package podnet
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -53,18 +54,25 @@ func Release(ns *netns.NS, rec Record) error {
 	if err != nil {
 		return errors.Join(append(errs, err)...)
 	}
+	changed := false
 	for _, name := range rec.links() {
 		want, is := rec.Snapshot.Link(name), now.Link(name)
 		if !same(want, is) {
 			continue // taken away or replaced since: not ours to touch
 		}
-		if err := ns.Do(func() error { return k.restore(want, is) }); err != nil {
+		err := ns.Do(func() error {
+			did, err := k.restore(want, is)
+			changed = changed || did
+			return err
+		})
+		if err != nil {
 			errs = append(errs, fmt.Errorf("restore %s: %w", name, err))
 		}
 	}
-	// A second look: addresses bring routes back with them, and switching IPv6 on brings addresses.
-	if now, err = observeNetwork(ns, links); err != nil {
-		return errors.Join(append(errs, err)...)
+	if changed { // a second look: addresses bring routes back with them, and switching IPv6 on brings addresses
+		if now, err = observeNetwork(ns, links); err != nil {
+			return errors.Join(append(errs, err)...)
+		}
 	}
 	errs = append(errs, ns.Do(func() error {
 		var errs []error
@@ -176,26 +184,22 @@ func (k *kernel) removeAllPrograms(rec Record) error {
 		if j.engine() != EBPF || link == nil {
 			continue
 		}
-		for _, h := range j.hooks() {
-			if h.device != j.Link {
-				continue
-			}
-			if err := k.removePrograms(h, link.Index); err != nil && !errors.Is(err, unix.ENODEV) {
-				errs = append(errs, fmt.Errorf("remove the programs of %s: %w", h, err))
-			}
+		if err := k.removePrograms(link.Index, j.hooksAt(j.Link)...); err != nil && !errors.Is(err, unix.ENODEV) {
+			errs = append(errs, fmt.Errorf("remove the programs of %s: %w", j.Link, err))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// restore makes a link what it was, but for its routes.
-func (k *kernel) restore(want, is *nic.Link) error {
+// restore makes a link what it was, but for its routes, and says whether that changed anything.
+func (k *kernel) restore(want, is *nic.Link) (changed bool, err error) {
 	link := device(is.Index, is.Name)
 	var errs []error
 	try := func(differs bool, what string, do func() error) {
 		if !differs {
 			return
 		}
+		changed = true
 		if err := do(); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", what, err))
 		}
@@ -205,19 +209,20 @@ func (k *kernel) restore(want, is *nic.Link) error {
 	try(is.MTU != want.MTU, "set MTU", func() error { return k.h.LinkSetMTU(link, want.MTU) })
 	try(is.Alias != want.Alias, "set alias", func() error { return k.h.LinkSetAlias(link, want.Alias) })
 	try(is.AllMulti && !want.AllMulti, "leave multicast groups", func() error { return k.h.LinkSetAllmulticastOff(link) })
-	try(true, "set sysctls", func() error { return writeSysctls(want.Sysctls) })
+	try(!maps.Equal(readSysctls(want.Sysctls), want.Sysctls), "set sysctls", func() error { return writeSysctls(want.Sysctls) })
 	try(is.Up && !want.Up, "set down", func() error { return k.h.LinkSetDown(link) })
 	try(!is.Up && want.Up, "set up", func() error { return k.h.LinkSetUp(link) })
 	for _, a := range want.Addrs {
 		if slices.Contains(is.Addrs, a) {
 			continue
 		}
+		changed = true
 		// EEXIST: IPv6 brought its own link-local back.
 		if err := k.h.AddrAdd(link, kernelAddr(a)); err != nil && !errors.Is(err, unix.EEXIST) {
 			errs = append(errs, fmt.Errorf("add address %s: %w", a.Prefix, err))
 		}
 	}
-	return errors.Join(errs...)
+	return changed, errors.Join(errs...)
 }
 
 // restoreRoutes removes the addresses and routes that a link did not have, and adds the routes that it lacks: those on

@@ -23,9 +23,22 @@ import (
 // programPrefix begins the name of every program, by which those of ours are known.
 const programPrefix = "vlt_"
 
-// ruleMap is the map of one program: an array of one value, to which its instructions have the address. The value is an entry
-// for each rule, in their order. It says in words what the rule is, so that any process can read all from the kernel.
-type ruleMap struct{ m *ebpf.Map }
+// programMaps are those of one program.
+type programMaps struct {
+	// rules is an array of one value, to which instructions have the address: where frames go to, and then an entry for each
+	// rule, in their order. It says in words what the rule is, so that any process can read all from the kernel.
+	rules   *ebpf.Map
+	scratch *ebpf.Map // see scratchSize
+}
+
+func (m programMaps) close() error { return errors.Join(m.rules.Close(), m.scratch.Close()) }
+
+// What the value has first.
+const (
+	targetIndex = 0 // 4 bytes, the device that frames go to; 0 is none, and the kernel drops them
+	targetPeer  = 4 // 4 bytes, 1: to its peer
+	targetSize  = 8
+)
 
 // An entry: the counters, and its text: action, device to forward to, reason, match, with NULs between.
 const (
@@ -34,40 +47,52 @@ const (
 	entryText    = 16
 )
 
-func (m *ruleMap) fd() int { return m.m.FD() }
+// counterAt is where the value has the counters of a rule.
+func counterAt(rule int) uint32 { return uint32(targetSize + rule*entrySize) }
 
-// counter is where the value has the counters of a rule.
-func (m *ruleMap) counter(rule int) uint32 { return uint32(rule * entrySize) }
+// newMaps makes those for a program of so many entries, still empty. The caller closes them.
+func newMaps(entries int) (programMaps, error) {
+	rules, err := ebpf.NewMap(&ebpf.MapSpec{Name: programPrefix + "rules", Type: ebpf.Array, KeySize: 4, ValueSize: counterAt(entries), MaxEntries: 1})
+	if err != nil {
+		return programMaps{}, err
+	}
+	scratch, err := ebpf.NewMap(&ebpf.MapSpec{Name: programPrefix + "scratch", Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: scratchSize, MaxEntries: 1})
+	if err != nil {
+		rules.Close()
+		return programMaps{}, err
+	}
+	return programMaps{rules, scratch}, nil
+}
 
-func newRuleMap(entries []Rule) (*ruleMap, error) {
-	value := make([]byte, entrySize*len(entries))
+// ruleValue is the value of the first map.
+func ruleValue(entries []Rule, index uint32, peer bool) []byte {
+	value := make([]byte, counterAt(len(entries)))
+	binary.NativeEndian.PutUint32(value[targetIndex:], index)
+	if peer {
+		binary.NativeEndian.PutUint32(value[targetPeer:], 1)
+	}
 	for i, e := range entries {
 		text := strings.Join([]string{string(e.Action), e.To, string(e.Reason), e.Match}, "\x00")
 		const more = " ..."
 		if room := entrySize - entryText; len(text) > room {
 			text = text[:room-len(more)] + more
 		}
-		copy(value[i*entrySize+entryText:], text)
+		copy(value[counterAt(i)+entryText:], text)
 	}
-	m, err := ebpf.NewMap(&ebpf.MapSpec{Name: programPrefix + "rules", Type: ebpf.Array, KeySize: 4, ValueSize: uint32(len(value)), MaxEntries: 1})
-	if err != nil {
-		return nil, err
-	}
-	if err := m.Put(uint32(0), value); err != nil {
-		m.Close()
-		return nil, err
-	}
-	return &ruleMap{m}, nil
+	return value
 }
 
-// entries reads what a map of ours has.
+// entries reads what a map of ours has; one that is not of rules has none.
 func entries(m *ebpf.Map) ([]Rule, error) {
+	if info, err := m.Info(); err != nil || info.Name != programPrefix+"rules" {
+		return nil, err
+	}
 	value, err := m.LookupBytes(uint32(0))
 	if err != nil {
 		return nil, err
 	}
 	var all []Rule
-	for e := range slices.Chunk(value, entrySize) {
+	for e := range slices.Chunk(value[targetSize:], entrySize) {
 		if len(e) < entrySize {
 			return nil, fmt.Errorf("the map has %d bytes more", len(e))
 		}
@@ -79,54 +104,6 @@ func entries(m *ebpf.Map) ([]Rule, error) {
 		})
 	}
 	return all, nil
-}
-
-// loaded is the program of a hook.
-type loaded struct {
-	hook hook
-	prog *ebpf.Program
-}
-
-func (l *loaded) close() { l.prog.Close() }
-
-// tooMany is for IPv6 packets with more extension headers than are walked. The kernel walks all, and so do hosts.
-var tooMany = match{text: fmt.Sprintf("more than %d extension headers", maxExtensions)}
-
-// loadHook makes the program of a hook and gives it to the kernel. index is that of the device that frames go to.
-func loadHook(h hook, w work, index int, peer bool) (*loaded, error) {
-	rules := w.rules
-	hides := slices.IndexFunc(rules, func(r rule) bool { return r.reason == GuestHidden || r.reason == ClusterHidden })
-	var words []Rule
-	say := func(r rule) {
-		e := Rule{Action: Drop, Reason: r.reason, Match: r.whole().text}
-		if e.Action == Drop && r.reason == "" {
-			e.Action = Accept
-			if h.to != "" {
-				e.Action, e.To = Forward, h.to
-			}
-		}
-		words = append(words, e)
-	}
-	for _, r := range rules {
-		say(r)
-	}
-	if hides >= 0 {
-		say(rule{rules[hides].reason, nil, tooMany})
-	}
-	if h.to != "" {
-		say(rule{}) // all that is left
-	}
-	m, err := newRuleMap(words)
-	if err != nil {
-		return nil, fmt.Errorf("make a map of %d rules: %w", len(words), err)
-	}
-	defer m.m.Close() // the program holds it
-	spec := &ebpf.ProgramSpec{Name: programPrefix + h.role, Type: ebpf.SchedCLS, License: "Apache-2.0", Instructions: instructions(w, hides >= 0, h, m, index, peer)}
-	prog, err := ebpf.NewProgram(spec)
-	if err != nil {
-		return nil, fmt.Errorf("load the program of %d instructions for %s: %w", len(spec.Instructions), h, err)
-	}
-	return &loaded{h, prog}, nil
 }
 
 // place is where tcx has a program, and clsact a filter.
@@ -143,11 +120,16 @@ func (l *loaded) attachTCX(index int) error {
 	return link.RawAttachProgram(link.RawAttachProgramOptions{Target: index, Program: l.prog, Attach: at})
 }
 
-// attachClsact does the same by the queueing discipline clsact and a filter.
-func (k *kernel) attachClsact(l *loaded, index int) error {
+// addClsact makes a device ready for filters.
+func (k *kernel) addClsact(index int) error {
 	if err := k.h.QdiscAdd(clsact(index)); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add qdisc clsact: %w (needs CONFIG_NET_SCH_INGRESS)", err)
 	}
+	return nil
+}
+
+// addFilter puts a program in front of others, at a device with clsact.
+func (k *kernel) addFilter(l *loaded, index int) error {
 	_, parent := l.hook.place()
 	const priority = 1 // the first; others are asked only where ours has nothing to say
 	err := k.h.FilterAdd(&netlink.BpfFilter{
@@ -167,29 +149,41 @@ func clsact(index int) netlink.Qdisc {
 	}
 }
 
-// programs gives those of ours at a hook of a device; the caller closes them. The calling thread is in the namespace.
-func (k *kernel) programs(h hook, index int) ([]*ebpf.Program, error) {
-	at, parent := h.place()
-	var ids []ebpf.ProgramID
-	found, err := link.QueryPrograms(link.QueryOptions{Target: index, Attach: at})
-	switch {
-	case err == nil:
-		for _, p := range found.Programs {
-			ids = append(ids, p.ID)
-		}
-	case !errors.Is(err, unix.EINVAL) && !errors.Is(err, ebpf.ErrNotSupported): // those are of a kernel without tcx
-		return nil, err
-	}
-	filters, err := netns.Dump(func() ([]netlink.Filter, error) { return k.h.FilterList(device(index, h.device), parent) })
+// filters gives the filters of clsact of ours there, and how many others there are. The calling thread is in the namespace.
+func (k *kernel) filters(dev netlink.Link, parent uint32) (ours []*netlink.BpfFilter, others int, err error) {
+	all, err := netns.Dump(func() ([]netlink.Filter, error) { return k.h.FilterList(dev, parent) })
 	if err != nil && !errors.Is(err, unix.EINVAL) { // which is: no such qdisc
-		return nil, err
+		return nil, 0, err
 	}
-	for _, f := range filters {
+	for _, f := range all {
 		if f, ok := f.(*netlink.BpfFilter); ok && strings.HasPrefix(f.Name, programPrefix) {
-			ids = append(ids, ebpf.ProgramID(f.Id))
+			ours = append(ours, f)
+		} else {
+			others++
 		}
 	}
-	var all []*ebpf.Program
+	return ours, others, nil
+}
+
+// byTCX gives the programs of ours that tcx has at a hook; the caller closes them. The calling thread is in the namespace.
+func byTCX(h hook, index int) ([]*ebpf.Program, error) {
+	at, _ := h.place()
+	found, err := link.QueryPrograms(link.QueryOptions{Target: index, Attach: at})
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, ebpf.ErrNotSupported) { // those are of a kernel without tcx
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var ids []ebpf.ProgramID
+	for _, p := range found.Programs {
+		ids = append(ids, p.ID)
+	}
+	return oursOf(ids)
+}
+
+// oursOf gives those of the programs that are of ours; the caller closes them.
+func oursOf(ids []ebpf.ProgramID) (all []*ebpf.Program, err error) {
 	for _, id := range ids {
 		p, err := ebpf.NewProgramFromID(id)
 		if errors.Is(err, unix.ENOENT) {
@@ -206,6 +200,25 @@ func (k *kernel) programs(h hook, index int) ([]*ebpf.Program, error) {
 		all = append(all, p)
 	}
 	return all, nil
+}
+
+// programs gives those of ours at a hook of a device; the caller closes them. The calling thread is in the namespace.
+func (k *kernel) programs(h hook, index int) ([]*ebpf.Program, error) {
+	all, err := byTCX(h, index)
+	if err != nil {
+		return all, err
+	}
+	_, parent := h.place()
+	filters, _, err := k.filters(device(index, h.device), parent)
+	if err != nil {
+		return all, err
+	}
+	var ids []ebpf.ProgramID
+	for _, f := range filters {
+		ids = append(ids, ebpf.ProgramID(f.Id))
+	}
+	more, err := oursOf(ids)
+	return append(all, more...), err
 }
 
 // programRules reads the rules of a hook, as inForce does.
@@ -234,48 +247,49 @@ func (k *kernel) programRules(h hook, index int) (all []Rule, err error) {
 	return all, err
 }
 
-// removePrograms takes those of ours off a device, and a clsact that nobody else has a filter at. What is not there is done.
-func (k *kernel) removePrograms(h hook, index int) error {
-	progs, err := k.programs(h, index)
-	at, parent := h.place()
-	errs := []error{err}
-	filters := 0
-	for _, p := range progs {
-		err := link.RawDetachProgram(link.RawDetachProgramOptions{Target: index, Program: p, Attach: at})
-		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) || errors.Is(err, ebpf.ErrNotSupported) {
-			filters++ // it is no program of tcx, but of a filter
-		} else if err != nil {
-			errs = append(errs, err)
-		}
-		p.Close()
-	}
-	if filters > 0 {
-		errs = append(errs, k.removeClsact(device(index, h.device), parent))
-	}
-	return errors.Join(errs...)
-}
-
-// removeClsact removes our filters there, and the queueing discipline with the last that it has.
-func (k *kernel) removeClsact(dev netlink.Link, parent uint32) error {
-	left := 0
-	for _, at := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		filters, err := netns.Dump(func() ([]netlink.Filter, error) { return k.h.FilterList(dev, at) })
+// removePrograms takes those of ours at hooks of a device off, and with the last filter that anybody has there the clsact. What
+// is not there is done. The calling thread is in the namespace.
+func (k *kernel) removePrograms(index int, hooks ...hook) error {
+	dev := device(index, hooks[0].device)
+	var ours []*netlink.BpfFilter
+	left, has := 0, map[uint32]bool{}
+	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
+		found, others, err := k.filters(dev, parent)
 		if err != nil {
 			return err
 		}
-		for _, f := range filters {
-			if b, ok := f.(*netlink.BpfFilter); !ok || at != parent || !strings.HasPrefix(b.Name, programPrefix) {
-				left++
-			} else if err := k.h.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) {
-				return err
-			}
+		if slices.ContainsFunc(hooks, func(h hook) bool { _, at := h.place(); return at == parent }) {
+			ours, has[parent] = append(ours, found...), len(found) > 0
+		} else {
+			others += len(found)
+		}
+		left += others
+	}
+	var errs []error
+	gone := func(err error) {
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			errs = append(errs, err)
 		}
 	}
-	if left > 0 {
-		return nil
+	switch {
+	case len(ours) > 0 && left == 0:
+		gone(k.h.QdiscDel(clsact(index)))
+	default:
+		for _, f := range ours {
+			gone(k.h.FilterDel(f))
+		}
 	}
-	if err := k.h.QdiscDel(clsact(dev.Attrs().Index)); err != nil && !errors.Is(err, unix.ENOENT) {
-		return err
+	for _, h := range hooks {
+		at, parent := h.place()
+		if has[parent] {
+			continue
+		}
+		progs, err := byTCX(h, index)
+		gone(err)
+		for _, p := range progs {
+			gone(link.RawDetachProgram(link.RawDetachProgramOptions{Target: index, Program: p, Attach: at}))
+			p.Close()
+		}
 	}
-	return nil
+	return errors.Join(errs...)
 }

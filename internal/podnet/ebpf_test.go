@@ -21,11 +21,14 @@ import (
 func newProgram(t *testing.T, h hook, n nic.NIC, p Policy) *ebpf.Program {
 	t.Helper()
 	testnet.NeedRoot(t)
-	l, err := loadHook(h, h.work(n, p, nil), 1, false)
+	l, err := loadHook(h, h.work(n, p, nil))
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(l.close)
+	t.Cleanup(func() { l.close() })
+	if err := l.aim(1, false); err != nil {
+		t.Fatal(err)
+	}
 	return l.prog
 }
 
@@ -37,17 +40,18 @@ func rulesOf(t *testing.T, p *ebpf.Program) []Rule {
 		t.Fatal(err)
 	}
 	ids, _ := info.MapIDs()
-	if len(ids) == 0 {
-		return nil // no rule counts
-	}
-	m, err := ebpf.NewMapFromID(ids[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer m.Close()
-	all, err := entries(m)
-	if err != nil {
-		t.Fatal(err)
+	var all []Rule
+	for _, id := range ids {
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found, err := entries(m)
+		m.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, found...)
 	}
 	return all
 }
@@ -298,7 +302,7 @@ func TestCheckMissesPrograms(t *testing.T) {
 		t.Fatal(err)
 	}
 	k := &kernel{h: pod.Link()}
-	pod.Must(func() error { return k.removePrograms(a.rec.Joins[0].hooks()[2], a.before.Link("eth0").Index) })
+	pod.Must(func() error { return k.removePrograms(a.before.Link("eth0").Index, a.rec.Joins[0].hooks()[2]) })
 	if err := Check(pod.NS, a.rec); err == nil || !strings.Contains(err.Error(), "its filters at the egress eth0 are gone") {
 		t.Errorf("error %v", err)
 	}

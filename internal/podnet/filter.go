@@ -61,6 +61,11 @@ func (j Join) hooks() []hook {
 	return []hook{{device: j.Link, role: "cluster", rules: clusterRules}, {device: j.Tap, role: "guest", rules: guestRules}}
 }
 
+// hooksAt gives those of them that are at a device.
+func (j Join) hooksAt(device string) []hook {
+	return slices.DeleteFunc(j.hooks(), func(h hook) bool { return h.device != device })
+}
+
 // filters gives the rules of nftables at the ends of every join that has them, but for the forwards; nil: none has.
 func filters(joins []Join, nics []nic.NIC, policies map[string]Policy) *batch {
 	if rec := (Record{Joins: joins}); !rec.hasTable() {

@@ -158,7 +158,7 @@ func ObserveHost(pod *netns.NS, snap nic.Snapshot) (host *nic.Host, noTxChecksum
 	}
 	err = pod.Do(func() error {
 		for _, l := range snap.Links {
-			if off, err := offloadOff(l.Name, unix.ETHTOOL_GTXCSUM); err == nil && off { // a link without the setting has no hardware
+			if off, err := offloadsOff(l.Name, unix.ETHTOOL_GTXCSUM); err == nil && off[0] { // a link without the setting has no hardware
 				noTxChecksum = append(noTxChecksum, l.Name)
 			}
 		}
@@ -262,23 +262,27 @@ func hostLink(node *netns.NS, l *nic.Link) (nic.HostLink, error) {
 	return h, nil
 }
 
-// offloadOff says whether a link of the calling thread's namespace does not leave to the hardware what an ioctl of ethtool asks
-// for: computing checksums (ETHTOOL_GTXCSUM), cutting segments (ETHTOOL_GTSO).
-func offloadOff(link string, ask uint32) (bool, error) {
+// offloadsOff says, of each of the settings that ioctls of ethtool ask for, whether a link of the calling thread's namespace does
+// not leave that to the hardware: computing checksums (ETHTOOL_GTXCSUM), cutting segments (ETHTOOL_GTSO).
+func offloadsOff(link string, asks ...uint32) ([]bool, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	defer unix.Close(fd)
-	value := struct{ cmd, data uint32 }{cmd: ask} // struct ethtool_value
-	req := struct {                               // struct ifreq
-		name [unix.IFNAMSIZ]byte
-		data unsafe.Pointer
-		_    [16]byte
-	}{data: unsafe.Pointer(&value)}
-	copy(req.name[:unix.IFNAMSIZ-1], link)
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req))); errno != 0 {
-		return false, errno
+	var off []bool
+	for _, ask := range asks {
+		value := struct{ cmd, data uint32 }{cmd: ask} // struct ethtool_value
+		req := struct {                               // struct ifreq
+			name [unix.IFNAMSIZ]byte
+			data unsafe.Pointer
+			_    [16]byte
+		}{data: unsafe.Pointer(&value)}
+		copy(req.name[:unix.IFNAMSIZ-1], link)
+		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&req))); errno != 0 {
+			return nil, errno
+		}
+		off = append(off, value.data == 0)
 	}
-	return value.data == 0, nil
+	return off, nil
 }

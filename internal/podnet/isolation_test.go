@@ -191,12 +191,10 @@ func loseRules(t *testing.T, pod *testnet.Namespace, j Join) {
 	k := &kernel{h: pod.Link()}
 	pod.Must(func() error {
 		index, err := ioctlLink(j.Link)
-		for _, h := range j.hooks() {
-			if err == nil && h.device == j.Link {
-				err = k.removePrograms(h, index)
-			}
+		if err != nil {
+			return err
 		}
-		return err
+		return k.removePrograms(index, j.hooksAt(j.Link)...)
 	})
 }
 

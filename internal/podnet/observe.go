@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -28,6 +29,7 @@ func Observe(ns *netns.NS) (nic.Snapshot, error) {
 	}
 	return s, ns.Do(func() error {
 		s.Sysctls = readSysctls(nsSysctls)
+		maps.Copy(s.Sysctls, readSysctls(bridgeSysctls))
 		for i := range s.Links {
 			if found := readSysctls(linkSysctls(s.Links[i].Name)); len(found) > 0 {
 				s.Links[i].Sysctls = found
@@ -102,6 +104,8 @@ func snapshot(links []netlink.Link, addrs []netlink.Addr, routes []netlink.Route
 // describe adds what links of one kind alone have.
 func describe(l netlink.Link, out *nic.Link) {
 	switch l := l.(type) {
+	case *netlink.Veth:
+		out.Away = l.NetNsID >= 0
 	case *netlink.Macvlan:
 		out.Mode = map[netlink.MacvlanMode]string{
 			netlink.MACVLAN_MODE_PRIVATE: "private", netlink.MACVLAN_MODE_VEPA: "vepa", netlink.MACVLAN_MODE_BRIDGE: "bridge",

@@ -56,6 +56,8 @@ type Options struct {
 	IOMMUFD       bool
 	AllowPhysical bool
 
+	Programs *Programs // from [Load], which the caller closes; nil: Attach loads what it needs
+
 	fail     func(need) error // in tests: what the machine is to lack
 	noClsact bool             // in tests: as on kernels without it
 }
@@ -135,6 +137,10 @@ func (p *Port) Close() error {
 func Attach(ctx context.Context, ns *netns.NS, snap nic.Snapshot, nics []nic.NIC, o Options, journal func(Record) error) ([]*Port, error) {
 	if o.Queues < 1 {
 		o.Queues = 1
+	}
+	if o.Programs == nil {
+		o.Programs = Load(snap, nics, o) // beside what journal does
+		defer o.Programs.Close()
 	}
 	for lacks := (lacking{}); ; {
 		rec, err := plan(snap, nics, o, lacks)
@@ -289,13 +295,15 @@ func ownMAC(guest nic.MAC) nic.MAC {
 	return own
 }
 
-// nsSysctls are settings of the namespace that Attach changes before it makes a link. With br_netfilter in the kernel,
-// bridged frames of the guest would go through the namespace's iptables and conntrack, which drop IPv6 neighbour
-// discovery at times. The others keep our bridges and TAPs silent, which are born with them: without IPv6, and without
-// answers to ARP for a local address (8, Documentation/networking/ip-sysctl).
-var nsSysctls = map[string]string{
-	"ipv6/conf/default/disable_ipv6":  "1",
-	"ipv4/conf/default/arp_ignore":    "8",
+// nsSysctls are settings of the namespace that Attach changes before it makes a link. They keep our bridges and TAPs silent,
+// which are born with them: without IPv6, and without answers to ARP for a local address (8,
+// Documentation/networking/ip-sysctl).
+var nsSysctls = map[string]string{"ipv6/conf/default/disable_ipv6": "1", "ipv4/conf/default/arp_ignore": "8"}
+
+// bridgeSysctls are others, where there is a bridge, ours or the path of a TAP that is there: with br_netfilter in the kernel,
+// bridged frames of the guest would go through the namespace's iptables and conntrack, which drop IPv6 neighbour discovery at
+// times.
+var bridgeSysctls = map[string]string{
 	"bridge/bridge-nf-call-iptables":  "0",
 	"bridge/bridge-nf-call-ip6tables": "0",
 	"bridge/bridge-nf-call-arptables": "0",

@@ -10,26 +10,40 @@ import (
 )
 
 // program is an eBPF program in the making: rules as instructions, written here and checked by the kernel's verifier. R6 is the
-// frame's struct __sk_buff for the whole of it; the other registers hold a value for a few instructions.
+// frame's struct __sk_buff for the whole of it and R9 the scratch; the other registers hold a value for a few instructions.
 //
-// What was found out about headers is in the control buffer (cb) that a frame has for programs, and not in registers: of what it
-// reads there the verifier knows nothing, so that however a rule was come to, it is the same to it. It would follow each
-// combination else, which took a hundred times as long.
+// Headers, and what was found out about them, are in the scratch, a map's value, and neither on the stack nor in registers: of
+// what it reads there the verifier knows nothing, so that however a rule was come to, it is the same to it, and there is little
+// to compare. It would follow each combination else, which took a hundred times as long.
 type program struct {
+	maps   programMaps
 	ins    asm.Instructions
 	label  string // of the instruction to come
 	labels int
 }
 
-// The stack, from the frame pointer down. Each part of a header that rules compare is aligned there, as the verifier wants.
+// The scratch, of which each CPU has one: nothing interrupts a program for a frame by another (preempts refuses kernels where
+// that may be). First what was found, each in 4 bytes; then parts of the frame, each aligned there as the verifier wants what
+// rules compare.
 const (
-	stackHead     = -78 // the Ethernet header and, aligned to 8 bytes, what is behind it
-	headSize      = etherSize + 40
-	stackL4       = -112 // the begin of the transport header
-	l4Size        = 32
-	stackWalk     = -116 // 4 bytes of the IPv6 extension header that is looked at
+	foundHead      = 0  // how many bytes there are at scratchHead
+	foundL4        = 4  // how many there are at scratchL4; 0: no transport header, or none of interest
+	foundTransport = 8  // the transport protocol, or noTransport
+	foundFrag      = 12 // of the first IPv6 fragment header
+	foundHasFrag   = 16 // 1: there was one
+	headerKind     = 20 // of the header in turn: the IP protocol number
+	headerAt       = 24 // where it begins in the frame
+	scratchWalk    = 28 // its begin, if it is an IPv6 extension header
+	scratchL4      = 32 // the begin of the transport header
+	scratchHead    = 66 // the Ethernet header and, aligned to 8 bytes, what is behind it
+	scratchSize    = scratchHead + headSize
+
 	etherSize     = 14
+	headSize      = etherSize + 40
+	l4Size        = 32
 	maxExtensions = 8 // IPv6 extension headers that are walked; nobody sends nearly as many
+
+	noTransport = 0xffff
 )
 
 // What a program returns (linux/pkt_cls.h, and for tcx linux/bpf.h, which gave them the same numbers).
@@ -47,18 +61,6 @@ const (
 	skbProtocol    = 16
 	skbVLANPresent = 20
 	skbVLANTag     = 24
-	skbCB          = 48
-)
-
-// What the control buffer has, each in 4 bytes of its 20.
-const (
-	foundHead      = skbCB      // how many bytes there are at stackHead
-	foundL4        = skbCB + 4  // how many there are at stackL4; 0: no transport header, or none of interest
-	foundTransport = skbCB + 8  // the transport protocol, or noTransport
-	foundFrag      = skbCB + 12 // of the first IPv6 fragment header
-	foundHasFrag   = skbCB + 16 // 1: there was one
-
-	noTransport = 0xffff
 )
 
 func (p *program) emit(ins ...asm.Instruction) {
@@ -88,12 +90,22 @@ func (p *program) skb(to asm.Register, offset int16) {
 	p.emit(asm.LoadMem(to, asm.R6, offset, asm.Word))
 }
 
-// copyFrame copies size bytes of the frame, which a register has, from an offset in another to the stack, and goes to a label
-// where there are not as many. It also finds those that are not in the frame's linear part.
+// found notes what a register has.
+func (p *program) found(at int16, reg asm.Register) {
+	p.emit(asm.StoreMem(asm.R9, at, reg, asm.Word))
+}
+
+// finding loads what was found.
+func (p *program) finding(to asm.Register, at int16) {
+	p.emit(asm.LoadMem(to, asm.R9, at, asm.Word))
+}
+
+// copyFrame copies as many bytes of the frame as R4 says, from the offset in R2 to the scratch, and goes to a label where there
+// are not as many. It also finds those that are not in the frame's linear part.
 func (p *program) copyFrame(to int32, short string) {
 	p.emit(
 		asm.Mov.Reg(asm.R1, asm.R6),
-		asm.Mov.Reg(asm.R3, asm.RFP), asm.Add.Imm(asm.R3, to),
+		asm.Mov.Reg(asm.R3, asm.R9), asm.Add.Imm(asm.R3, to),
 		asm.FnSkbLoadBytes.Call(),
 		asm.JNE.Imm(asm.R0, 0, short),
 	)
@@ -118,23 +130,21 @@ func (pt part) chunks() (all []chunk) {
 	return all
 }
 
-// skew is how far a region begins behind a multiple of 8 on the stack.
+// skew is how far a region begins behind a multiple of 8 in the scratch.
 func (r region) skew() uint32 {
-	if at, on := r.stack(); on {
-		return uint32(at+128) % 8
-	}
-	return 0
+	at, _ := r.scratch()
+	return uint32(at) % 8
 }
 
-// stack is where a region is copied to.
-func (r region) stack() (at int16, on bool) {
+// scratch is where a region is copied to.
+func (r region) scratch() (at int16, is bool) {
 	switch r {
 	case frame:
-		return stackHead, true
+		return scratchHead, true
 	case network:
-		return stackHead + etherSize, true
+		return scratchHead + etherSize, true
 	case layer4:
-		return stackL4, true
+		return scratchL4, true
 	}
 	return 0, false
 }
@@ -172,19 +182,19 @@ func (p *program) present(pt part, no string) {
 	end := int32(pt.offset + pt.size)
 	switch pt.from {
 	case frame:
-		p.skb(asm.R2, foundHead)
+		p.finding(asm.R2, foundHead)
 		p.emit(asm.JLT.Imm(asm.R2, end, no))
 	case network:
-		p.skb(asm.R2, foundHead)
+		p.finding(asm.R2, foundHead)
 		p.emit(asm.JLT.Imm(asm.R2, etherSize+end, no))
 	case layer4:
-		p.skb(asm.R2, foundL4)
+		p.finding(asm.R2, foundL4)
 		p.emit(asm.JLT.Imm(asm.R2, end, no))
 	case transport:
-		p.skb(asm.R2, foundTransport)
+		p.finding(asm.R2, foundTransport)
 		p.emit(asm.JEq.Imm(asm.R2, noTransport, no))
 	case fragHeader:
-		p.skb(asm.R2, foundHasFrag)
+		p.finding(asm.R2, foundHasFrag)
 		p.emit(asm.JEq.Imm(asm.R2, 0, no))
 	case tagged:
 		p.skb(asm.R2, skbVLANPresent)
@@ -194,19 +204,19 @@ func (p *program) present(pt part, no string) {
 
 // load gets a chunk of a part into R2, in the frame's order of bytes.
 func (p *program) load(pt part, c chunk) {
-	if at, on := pt.from.stack(); on {
-		p.emit(asm.LoadMem(asm.R2, asm.RFP, at+int16(pt.offset+c.at), c.size))
+	if at, is := pt.from.scratch(); is {
+		p.emit(asm.LoadMem(asm.R2, asm.R9, at+int16(pt.offset+c.at), c.size))
 		return
 	}
 	switch pt.from {
 	case etherKind:
 		p.skb(asm.R2, skbProtocol)
 	case transport:
-		p.skb(asm.R2, foundTransport)
+		p.finding(asm.R2, foundTransport)
 	case hasFrag:
-		p.skb(asm.R2, foundHasFrag)
+		p.finding(asm.R2, foundHasFrag)
 	case fragHeader:
-		p.emit(asm.LoadMem(asm.R2, asm.R6, foundFrag+int16(pt.offset+c.at), c.size))
+		p.emit(asm.LoadMem(asm.R2, asm.R9, foundFrag+int16(pt.offset+c.at), c.size))
 	case skbMark:
 		p.skb(asm.R2, skbMarkAt)
 	case tagged:
@@ -237,16 +247,33 @@ func (p *program) jump(op asm.JumpOp, n uint64, to string) {
 	p.emit(asm.LoadImm(asm.R3, int64(n), asm.DWord), op.Reg(asm.R2, asm.R3, to))
 }
 
-// same goes to a label where a part differs from a value.
+// same goes to a label where a part differs from a value. The differences of its pieces are gathered in R4, as each jump is one
+// more way for the verifier to go.
 func (p *program) same(t *test, no string) {
-	for _, c := range t.part.chunks() {
+	chunks := t.part.chunks()
+	for i, c := range chunks {
 		piece := func(b []byte) []byte { return b[c.at : c.at+uint32(c.size.Sizeof())] }
 		p.load(t.part, c)
 		if t.mask != nil {
 			p.emit(asm.And.Imm(asm.R2, int32(number(piece(t.mask), binary.NativeEndian))))
 		}
-		p.jump(asm.JNE, number(piece(t.with), binary.NativeEndian), no)
+		n := number(piece(t.with), binary.NativeEndian)
+		if len(chunks) == 1 {
+			p.jump(asm.JNE, n, no)
+			return
+		}
+		if n <= math.MaxInt32 {
+			p.emit(asm.Xor.Imm(asm.R2, int32(n)))
+		} else {
+			p.emit(asm.LoadImm(asm.R3, int64(n), asm.DWord), asm.Xor.Reg(asm.R2, asm.R3))
+		}
+		if i == 0 {
+			p.emit(asm.Mov.Reg(asm.R4, asm.R2))
+		} else {
+			p.emit(asm.Or.Reg(asm.R4, asm.R2))
+		}
 	}
+	p.emit(asm.JNE.Imm(asm.R4, 0, no))
 }
 
 // less goes to yes where a part is less than a value or equal, and to no where it is greater, by the order of its bytes.
@@ -284,8 +311,8 @@ func (p *program) bigEndian(c chunk) {
 }
 
 // rules appends a hook's rules. The first that matches counts, or lets the frame pass to the label; what none matches goes
-// to it, too. m has the counters; the last is for what comes to the label hidden.
-func (p *program) rules(rules []rule, m *ruleMap, pass, hidden string) {
+// to it, too. The last counter is for what comes to the label hidden.
+func (p *program) rules(rules []rule, pass, hidden string) {
 	drop := p.newLabel()
 	var under *group
 	after := "" // the rules that begin alike
@@ -304,7 +331,7 @@ func (p *program) rules(rules []rule, m *ruleMap, pass, hidden string) {
 		if r.reason == "" {
 			p.emit(asm.Ja.Label(pass))
 		} else {
-			p.emit(asm.LoadMapValue(asm.R1, m.fd(), m.counter(i)), asm.Ja.Label(drop))
+			p.emit(asm.LoadMapValue(asm.R1, p.maps.rules.FD(), counterAt(i)), asm.Ja.Label(drop))
 		}
 		p.place(next)
 	}
@@ -314,7 +341,7 @@ func (p *program) rules(rules []rule, m *ruleMap, pass, hidden string) {
 	p.emit(asm.Ja.Label(pass))
 	if hidden != "" {
 		p.place(hidden)
-		p.emit(asm.LoadMapValue(asm.R1, m.fd(), m.counter(len(rules))))
+		p.emit(asm.LoadMapValue(asm.R1, p.maps.rules.FD(), counterAt(len(rules))))
 	}
 	p.place(drop)
 	p.emit(asm.Mov.Imm(asm.R2, 1), asm.StoreXAdd(asm.R1, asm.R2, asm.DWord))
@@ -326,100 +353,54 @@ func (p *program) rules(rules []rule, m *ruleMap, pass, hidden string) {
 	)
 }
 
-// needHeaders says whether rules look at more than the mark, so that headers have to be found.
-func needHeaders(rules []rule) bool {
-	for _, r := range rules {
-		for _, t := range r.whole().tests {
-			if t.part.from != skbMark {
-				return true
-			}
-		}
-	}
-	return false
-}
-
 // next lets a frame go on to what else is at its hook.
 func (p *program) next() {
 	p.emit(asm.Mov.Imm(asm.R0, verdictNext), asm.Return())
 }
 
-// redirect hands a frame to a device: to be sent by it, or to be received by its peer in another namespace.
-func (p *program) redirect(index int, marks, peer bool) {
+// redirect hands a frame to the device that the map names: to be sent by it or, where mayPeer and the map say so, to be received
+// by its peer in another namespace.
+func (p *program) redirect(marks, mayPeer bool) {
 	if marks {
 		p.emit(asm.LoadImm(asm.R2, ourMark, asm.DWord), asm.StoreMem(asm.R6, skbMarkAt, asm.R2, asm.Word))
 	}
-	fn := asm.FnRedirect
-	if peer {
-		fn = asm.FnRedirectPeer
+	to := func(fn asm.BuiltinFunc) {
+		p.emit(
+			asm.LoadMapValue(asm.R1, p.maps.rules.FD(), 0), asm.LoadMem(asm.R1, asm.R1, targetIndex, asm.Word),
+			asm.Mov.Imm(asm.R2, 0), fn.Call(), asm.Return(),
+		)
+	}
+	if mayPeer {
+		plain, known := p.newLabel(), p.newLabel()
+		p.emit(
+			asm.LoadMapValue(asm.R1, p.maps.rules.FD(), 0), asm.LoadMem(asm.R1, asm.R1, targetPeer, asm.Word),
+			asm.JEq.Imm(asm.R1, 0, plain),
+		)
 		// The TAP has found that the frame is for another MAC than its own. The peer would not look again, and a node that
 		// routes would not take it (ip_rcv). As with any frame on a wire, it is a bridge that finds out what is whose.
-		known := p.newLabel()
 		p.skb(asm.R2, skbPktType)
 		p.emit(
 			asm.JNE.Imm(asm.R2, unix.PACKET_OTHERHOST, known),
 			asm.Mov.Reg(asm.R1, asm.R6), asm.Mov.Imm(asm.R2, unix.PACKET_HOST), asm.FnSkbChangeType.Call(),
 		)
 		p.place(known)
+		to(asm.FnRedirectPeer)
+		p.place(plain)
 	}
-	p.emit(asm.Mov.Imm(asm.R1, int32(index)), asm.Mov.Imm(asm.R2, 0), fn.Call(), asm.Return())
+	to(asm.FnRedirect)
 }
 
-// instructions is the whole program of a hook. hides: the entry behind those of the rules counts what hides behind too many
-// headers.
-func instructions(w work, hides bool, h hook, m *ruleMap, index int, peer bool) asm.Instructions {
-	p := &program{}
-	pass, hidden := p.newLabel(), ""
-	if len(w.leave) > 0 || needHeaders(w.rules) {
-		if hides {
-			hidden = p.newLabel()
-		}
-		p.headers(hidden)
-	} else {
-		p.emit(asm.Mov.Reg(asm.R6, asm.R1))
-	}
-	for _, leave := range w.leave {
-		no := p.newLabel()
-		p.match(leave, no)
-		p.next()
-		p.place(no)
-	}
-	p.rules(w.rules, m, pass, hidden)
-	p.place(pass)
-	if h.to == "" {
-		p.next()
-	} else {
-		p.redirect(index, h.marks, peer)
-	}
-	return reached(p.ins)
-}
-
-// reached leaves out what no path leads to, which the kernel refuses: behind a rule that every frame matches, or where there is
-// no rule.
-func reached(ins asm.Instructions) (out asm.Instructions) {
-	at := map[string]int{}
-	for i, in := range ins {
-		at[in.Symbol()] = i
-	}
-	seen := make([]bool, len(ins))
-	for paths := []int{0}; len(paths) > 0; {
-		i := paths[len(paths)-1]
-		paths = paths[:len(paths)-1]
-		if seen[i] {
-			continue
-		}
-		seen[i] = true
-		op := ins[i].OpCode.JumpOp()
-		if to := ins[i].Reference(); op != asm.InvalidJumpOp && op != asm.Call && op != asm.Exit && to != "" {
-			paths = append(paths, at[to])
-		}
-		if op != asm.Ja && op != asm.Exit {
-			paths = append(paths, i+1)
-		}
-	}
-	for i, in := range ins {
-		if seen[i] {
-			out = append(out, in)
-		}
-	}
-	return out
+// scratch gets that of the CPU.
+func (p *program) scratch() {
+	const key = -4 // on the stack
+	there := p.newLabel()
+	p.emit(
+		asm.Mov.Imm(asm.R2, 0), asm.StoreMem(asm.RFP, key, asm.R2, asm.Word),
+		asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, key),
+		asm.LoadMapPtr(asm.R1, p.maps.scratch.FD()), asm.FnMapLookupElem.Call(),
+		asm.JNE.Imm(asm.R0, 0, there),
+		asm.Mov.Imm(asm.R0, verdictDrop), asm.Return(), // it always is, which the verifier does not know
+	)
+	p.place(there)
+	p.emit(asm.Mov.Reg(asm.R9, asm.R0))
 }

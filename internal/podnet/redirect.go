@@ -1,15 +1,12 @@
 package podnet
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
-
-	"github.com/virtlet/virtlet/internal/nic"
 )
 
 // A join by redirect has no bridge: what the rules at the ingress of each end let pass goes to the other end, and the
@@ -19,16 +16,27 @@ import (
 
 // openRedirect makes the TAP.
 func (a *attempt) openRedirect(j *joint) error {
-	j.peer = j.Join.engine() == EBPF && a.peerTakes(j)
+	j.peer = j.Join.engine() == EBPF && peerTakes(j)
 	return a.openOurs(j)
 }
 
 // joinRedirect makes the TAP ready, which stays down, and silences the link.
 func (a *attempt) joinRedirect(j *joint) error {
-	r := j.Join
+	r, tap := j.Join, device(j.tapIndex, j.Join.Tap)
+	if r.engine() == EBPF {
+		if j.noClsact = errors.ErrUnsupported; !a.o.noClsact {
+			j.noClsact = cmp.Or(a.addClsact(j.link.Index), a.addClsact(j.tapIndex))
+		}
+	}
 	return run(
-		step{"set queueing of " + r.Tap, func() error { return a.h.QdiscReplace(noqueue(device(j.tapIndex, r.Tap))) }},
-		step{"set MTU of " + r.Tap, func() error { return a.set(j.tapIndex, 0, attr(unix.IFLA_MTU, j.NIC.MTU)) }},
+		step{"set queueing of " + r.Tap, func() error { return a.h.QdiscReplace(noqueue(tap)) }},
+		step{"set MTU of " + r.Tap, func() error {
+			const born = 1500 // as every TAP is (ETH_DATA_LEN)
+			if j.NIC.MTU == born {
+				return nil
+			}
+			return a.h.LinkSetMTU(tap, j.NIC.MTU)
+		}},
 		step{"silence " + r.Link, func() error {
 			if r.KeepsAddrs {
 				return nil // a rule does it
@@ -63,84 +71,40 @@ func allMulti(kind string) bool { return kind == "macvlan" || kind == "ipvlan" }
 // another namespace (the kernel drops them otherwise), and nothing is left for the link to do. Of a link whose checksums or
 // segmentation somebody has switched off, the kernel finishes each frame when it is sent; a netkit runs the programs of its
 // maker then. The calling thread is in the namespace.
-func (a *attempt) peerTakes(j *joint) bool {
-	if j.link.Kind != "veth" {
+func peerTakes(j *joint) bool {
+	if !j.link.Away {
 		return false
 	}
-	l, err := a.h.LinkByIndex(j.link.Index)
-	if err != nil || l.Attrs().NetNsID < 0 {
-		return false
-	}
-	for _, offload := range []uint32{unix.ETHTOOL_GTXCSUM, unix.ETHTOOL_GTSO} {
-		if off, err := offloadOff(j.link.Name, offload); err != nil || off {
-			return false
-		}
-	}
-	return true
+	off, err := offloadsOff(j.link.Name, unix.ETHTOOL_GTXCSUM, unix.ETHTOOL_GTSO)
+	return err == nil && !slices.Contains(off, true)
 }
 
-// work is what a program has to do.
-type work struct {
-	leave []match // to the rules of localhost, which see a frame after it
-	rules []rule
-}
-
-// work gives that of a hook. local are the addresses that localhost leads to, if it does.
-func (h hook) work(n nic.NIC, p Policy, local []netip.Addr) work {
-	w := work{rules: h.rules(n, p)}
-	switch h.role {
-	case "cluster":
-		var first []rule
-		for _, a := range local {
-			for _, r := range strangers(familyOf(a)) {
-				first = append(first, r.rule)
+// place puts the programs in place. The calling thread is in the namespace.
+func (a *attempt) place(progs [][]*loaded) error {
+	for i, of := range progs {
+		for _, l := range of {
+			if err := a.joints[i].named(a.placeOne(a.joints[i], l)); err != nil {
+				return err
 			}
 		}
-		w.rules = append(first, w.rules...)
-	case "guest":
-		w.leave = localMatches(n.MAC, local)
-	}
-	return w
-}
-
-// load makes the programs of a join by eBPF and gives them to the kernel, all at once: it takes a millisecond or two for each.
-func (a *attempt) load(j *joint, local []netip.Addr) error {
-	if err := a.lacks(needEBPF); err != nil {
-		return &lack{needEBPF, err}
-	}
-	index := map[string]int{j.Join.Link: j.link.Index, j.Join.Tap: j.tapIndex}
-	hooks := j.Join.hooks()
-	progs := make([]*loaded, len(hooks))
-	var g errgroup.Group
-	for i, h := range hooks {
-		g.Go(func() (err error) {
-			w := h.work(j.NIC, a.o.Policies[j.Join.Link], local)
-			progs[i], err = loadHook(h, w, index[h.to], j.peer && h.to == j.Join.Link)
-			return err
-		})
-	}
-	err := g.Wait()
-	j.progs = slices.DeleteFunc(progs, func(l *loaded) bool { return l == nil })
-	if err != nil {
-		return &lack{needEBPF, fmt.Errorf("%w (needs CONFIG_BPF_SYSCALL, CAP_BPF and CAP_NET_ADMIN)", err)}
 	}
 	return nil
 }
 
-// place puts the programs in place. By filters of clsact: tcx, which came with Linux 6.6, makes the kernel wait until no packet is
-// under way, for each program, when it is put there and when it is taken off (RCU; 20 ms and more). It is for kernels without
-// clsact. The calling thread is in the namespace.
-func (a *attempt) place(j *joint) error {
+// placeOne makes a program a filter of clsact. tcx, which came with Linux 6.6, makes the kernel wait until no packet is under way,
+// for each program, when it is put there and when it is taken off (RCU; 20 ms and more). It is for kernels without clsact.
+func (a *attempt) placeOne(j *joint, l *loaded) error {
 	index := map[string]int{j.Join.Link: j.link.Index, j.Join.Tap: j.tapIndex}
-	for _, l := range j.progs {
-		err := errors.ErrUnsupported
-		if !a.o.noClsact {
-			err = a.attachClsact(l, index[l.hook.device])
-		}
-		if err != nil {
-			if again := l.attachTCX(index[l.hook.device]); again != nil {
-				return &lack{needEBPF, fmt.Errorf("put the program of %s in place: %w", l.hook, errors.Join(err, again))}
-			}
+	if err := l.aim(index[l.hook.to], j.peer && l.hook.to == j.Join.Link); err != nil {
+		return err
+	}
+	err := j.noClsact
+	if err == nil {
+		err = a.addFilter(l, index[l.hook.device])
+	}
+	if err != nil {
+		if again := l.attachTCX(index[l.hook.device]); again != nil {
+			return &lack{needEBPF, fmt.Errorf("put the program of %s in place: %w", l.hook, errors.Join(err, again))}
 		}
 	}
 	return nil

@@ -294,6 +294,8 @@ func TestKilledAtEveryStep(t *testing.T) {
 				before := observe(t, pod)
 				nics := plainNICs(before)
 				o := optionsFor(pod, Options{Queues: 1, Localhost: true})
+				o.Programs = Load(before, nics, o)
+				defer o.Programs.Close()
 				lacks := lacking{}
 				if o.fail != nil {
 					lacks[needEBPF] = &lack{needEBPF, errNoEBPF}
@@ -313,7 +315,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 					if err := a.open(); err != nil {
 						return err
 					}
-					defer a.rtnl.Socket.Close()
+					defer a.close()
 					j := a.joints[0]
 					w := ways[j.Join.datapath()]
 					if steps >= 2 {
@@ -325,7 +327,11 @@ func TestKilledAtEveryStep(t *testing.T) {
 						go a.filter()
 						fd, err := openNetfilter()
 						a.ready <- opened{err == nil, fd}
-						if err := errors.Join(err, <-a.filtered, a.place(j)); err != nil {
+						laid := <-a.filtered
+						if err = errors.Join(err, laid.err); err == nil {
+							err = a.place(laid.progs)
+						}
+						if err != nil {
 							return err
 						}
 					}

@@ -21,6 +21,7 @@ type attachCost struct {
 	Datapath string `json:"datapath"`
 	Attach   spread `json:"attach"`   // milliseconds
 	Least    spread `json:"least"`    // milliseconds
+	Load     spread `json:"load"`     // milliseconds, of the programs, before it
 	Release  spread `json:"release"`  // milliseconds
 	ByLeast  spread `json:"byLeast"`  // attach by the least of the same round
 	ByAttach spread `json:"byAttach"` // release by attach
@@ -52,18 +53,19 @@ func measureAttach(ways []ownWay, say func(string, ...any)) (all []attachCost, e
 			if err != nil {
 				return nil, fmt.Errorf("the least for %s: %w", w.name, err)
 			}
-			took, released, err := r.timeOwn(w)
+			own, err := r.timeOwn(w)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", w.name, err)
 			}
 			s.add(w.name, "least", least)
-			s.add(w.name, "attach", took)
-			s.add(w.name, "release", released)
+			s.add(w.name, "attach", own.attach)
+			s.add(w.name, "load", own.load)
+			s.add(w.name, "release", own.release)
 		}
 	}
 	for _, w := range ways {
 		c := attachCost{
-			Datapath: w.name, Attach: s.of(w.name, "attach"), Least: s.of(w.name, "least"), Release: s.of(w.name, "release"),
+			Datapath: w.name, Attach: s.of(w.name, "attach"), Least: s.of(w.name, "least"), Load: s.of(w.name, "load"), Release: s.of(w.name, "release"),
 			ByLeast:  newSpread(ratios(s[w.name]["attach"], s[w.name]["least"])),
 			ByAttach: newSpread(ratios(s[w.name]["release"], s[w.name]["attach"])),
 		}
@@ -73,39 +75,58 @@ func measureAttach(ways []ownWay, say func(string, ...any)) (all []attachCost, e
 	return all, nil
 }
 
-// timeOwn gives how many milliseconds Attach and Release take, and does what is left to do.
-func (r *rig) timeOwn(w ownWay) (took, released float64, err error) {
+// ownTimes are milliseconds.
+type ownTimes struct{ load, attach, release float64 }
+
+// timeOwn times what the product does for one NIC, and does what is left to do.
+func (r *rig) timeOwn(w ownWay) (t ownTimes, err error) {
 	a := &attached{ns: r.pod}
 	if err := r.giveAddress(); err != nil {
-		return 0, 0, err
+		return t, err
 	}
 	snap, err := podnet.Observe(r.pod)
 	if err != nil {
-		return 0, 0, err
+		return t, err
 	}
+	o := w.options(1)
 	begin := time.Now()
-	err = a.join(snap, w.options(1))
-	took = ms(begin)
+	o.Programs = podnet.Load(snap, guestNICs(), o)
+	err = o.Programs.Wait()
+	t.load = ms(begin)
+	defer o.Programs.Close()
 	if err != nil {
-		return 0, 0, err
+		return t, err
+	}
+	begin = time.Now()
+	err = a.join(snap, o)
+	t.attach = ms(begin)
+	if err != nil {
+		return t, err
 	}
 	begin = time.Now()
 	err = podnet.Release(r.pod, a.rec)
-	released = ms(begin)
-	return took, released, errors.Join(err, a.detach())
+	t.release = ms(begin)
+	return t, errors.Join(err, a.detach())
 }
 
 func ms(since time.Time) float64 { return time.Since(since).Seconds() * 1e3 }
 
+// leastWay prepares what needs no link of ours, and gives the fewest calls that make a join of a link of the pod's.
+type leastWay func(r *rig, eth netlink.Link) (func() error, error)
+
 // timeLeast gives how many milliseconds the fewest calls take that make a join, and undoes them.
-func (r *rig) timeLeast(least func(r *rig, eth netlink.Link) error) (float64, error) {
+func (r *rig) timeLeast(least leastWay) (float64, error) {
 	eth, err := r.pod.Netlink().LinkByName(podLink)
 	if err != nil {
 		return 0, err
 	}
 	undo := len(r.undo)
+	make, err := least(r, eth)
+	if err != nil {
+		return 0, err
+	}
 	begin := time.Now()
-	err = least(r, eth)
+	err = make()
 	took := ms(begin)
 	errs := []error{err}
 	for len(r.undo) > undo {
@@ -132,7 +153,11 @@ func (r *rig) leastTap() (netlink.Link, error) {
 }
 
 // leastBridge is what a join by bridge cannot do without.
-func leastBridge(r *rig, eth netlink.Link) error {
+func leastBridge(r *rig, eth netlink.Link) (func() error, error) {
+	return func() error { return r.bridgeLeast(eth) }, nil
+}
+
+func (r *rig) bridgeLeast(eth netlink.Link) error {
 	tap, err := r.leastTap()
 	if err != nil {
 		return err
@@ -155,29 +180,36 @@ func leastBridge(r *rig, eth netlink.Link) error {
 	)
 }
 
-// leastRedirect is what a join by eBPF cannot do without.
-func leastRedirect(r *rig, eth netlink.Link) error {
-	tap, err := r.leastTap()
-	if err != nil {
-		return err
+// leastRedirect is what a join by eBPF cannot do without. Its programs are there, as the product's are.
+func leastRedirect(r *rig, eth netlink.Link) (func() error, error) {
+	var progs [2]*aimed
+	for i := range progs {
+		p, err := newAimed(i == 0)
+		if err != nil {
+			return nil, err
+		}
+		r.defers(p.Close) // filters hold them
+		progs[i] = p
 	}
-	h := r.pod.Netlink()
-	for _, way := range []struct {
-		from, to netlink.Link
-		peer     bool
-	}{{tap, eth, true}, {eth, tap, false}} {
-		prog, err := redirect(way.to.Attrs().Index, way.peer)
+	return func() error {
+		tap, err := r.leastTap()
 		if err != nil {
 			return err
 		}
-		err = addFilter(h, way.from.Attrs().Index, prog)
-		prog.Close() // the filter holds it
-		if err != nil {
-			return err
+		h := r.pod.Netlink()
+		r.defers(func() error { return h.QdiscDel(clsact(eth.Attrs().Index)) })
+		from, to := tap, eth
+		for _, p := range progs {
+			if err := p.aim(to.Attrs().Index); err != nil {
+				return err
+			}
+			if err := addFilter(h, from.Attrs().Index, p.Program); err != nil {
+				return err
+			}
+			from, to = to, from
 		}
-	}
-	r.defers(func() error { return h.QdiscDel(clsact(eth.Attrs().Index)) })
-	return h.LinkSetUp(tap)
+		return h.LinkSetUp(tap)
+	}, nil
 }
 
 // first does one after another until one fails.

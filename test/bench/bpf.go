@@ -40,6 +40,41 @@ func redirect(index int, peer bool) (*ebpf.Program, error) {
 	})
 }
 
+// aimed is a program as [redirect] gives them, that is told its device when it is there.
+type aimed struct {
+	*ebpf.Program
+	index *ebpf.Map
+}
+
+func newAimed(peer bool) (*aimed, error) {
+	index, err := ebpf.NewMap(&ebpf.MapSpec{Name: "bench_index", Type: ebpf.Array, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	if err != nil {
+		return nil, fmt.Errorf("make a map for a device: %w", err)
+	}
+	helper := asm.FnRedirect
+	if peer {
+		helper = asm.FnRedirectPeer
+	}
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+		Name: "bench_aimed", Type: ebpf.SchedCLS, License: "Apache-2.0",
+		Instructions: asm.Instructions{
+			asm.LoadMapValue(asm.R1, index.FD(), 0),
+			asm.LoadMem(asm.R1, asm.R1, 0, asm.Word),
+			asm.Mov.Imm(asm.R2, 0),
+			helper.Call(),
+			asm.Return(),
+		},
+	})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("load a program: %w", err), index.Close())
+	}
+	return &aimed{prog, index}, nil
+}
+
+func (a *aimed) aim(index int) error { return a.index.Put(uint32(0), uint32(index)) }
+
+func (a *aimed) Close() error { return errors.Join(a.Program.Close(), a.index.Close()) }
+
 // tally is what a sink has counted.
 type tally struct{ Packets, Bytes uint64 }
 

@@ -22,9 +22,9 @@ const (
 // ownWay is a datapath of the product, made by [podnet.Attach] as for any guest: filters and spoof check included.
 type ownWay struct {
 	name, about string
-	macvlan     bool                                 // what the pod's link is: a veth otherwise
-	set         func(*podnet.Options)                // which datapath is asked for
-	least       func(r *rig, eth netlink.Link) error // the fewest calls that make such a join; nil: it is not attached for its cost
+	macvlan     bool                  // what the pod's link is: a veth otherwise
+	set         func(*podnet.Options) // which datapath is asked for
+	least       leastWay              // nil: it is not attached for its cost
 }
 
 func (w ownWay) options(queues int) podnet.Options {
@@ -119,7 +119,7 @@ type attached struct {
 
 // join gives the pod's link to the guest.
 func (a *attached) join(snap nic.Snapshot, o podnet.Options) error {
-	ports, err := podnet.Attach(context.Background(), a.ns, snap, []nic.NIC{guestNIC()}, o, func(r podnet.Record) error { a.rec = r; return nil })
+	ports, err := podnet.Attach(context.Background(), a.ns, snap, guestNICs(), o, func(r podnet.Record) error { a.rec = r; return nil })
 	if err != nil {
 		return err
 	}
@@ -129,6 +129,6 @@ func (a *attached) join(snap nic.Snapshot, o podnet.Options) error {
 
 func (a *attached) detach() error { return errors.Join(a.port.Close(), podnet.Detach(a.ns, a.rec)) }
 
-func guestNIC() nic.NIC {
-	return nic.NIC{Name: podLink, MAC: guestMAC, MTU: mtu, Addrs: prefixes(guestAddr), Routes: []nic.Route{{Dst: anywhere, Gw: hostAddr.Addr()}}}
+func guestNICs() []nic.NIC {
+	return []nic.NIC{{Name: podLink, MAC: guestMAC, MTU: mtu, Addrs: prefixes(guestAddr), Routes: []nic.Route{{Dst: anywhere, Gw: hostAddr.Addr()}}}}
 }

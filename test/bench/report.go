@@ -109,9 +109,9 @@ func (r *report) barTable() table {
 }
 
 func (r *report) attachTable() table {
-	t := table{id: "attach", title: "One NIC, in milliseconds", head: []string{"datapath", "attach", "the least", "attach by the least", "release", "release by attach"}}
+	t := table{id: "attach", title: "One NIC, in milliseconds", head: []string{"datapath", "attach", "the least", "attach by the least", "programs before", "release", "release by attach"}}
 	for _, a := range r.Attach {
-		t.rows = append(t.rows, []string{a.Datapath, a.Attach.text(1), a.Least.text(1), a.ByLeast.text(1), a.Release.text(1), a.ByAttach.text(1)})
+		t.rows = append(t.rows, []string{a.Datapath, a.Attach.text(1), a.Least.text(1), a.ByLeast.text(1), a.Load.text(1), a.Release.text(1), a.ByAttach.text(1)})
 	}
 	return t
 }
