@@ -8,6 +8,7 @@
 //	virtlet ARGUMENTS...          the binary on that node, with $WORK/run and $WORK/data as its directories
 //	node PROGRAM ARGUMENTS...     any program on that node, such as ip
 //	exits CODE PROGRAM...         a program that must end with this exit code
+//	withoutbpf PROGRAM...         a program whose every bpf(2) fails, and that of all that it starts
 //
 // The network plugins are where virtlet looks by default; without --cni-conf-dir the embedded network is used. Disks:
 // $IDLE is a guest that does nothing, not even obey its power button; $ECHO says "ready", echoes what is typed on
@@ -16,9 +17,17 @@
 package test
 
 import (
+	"fmt"
+	"os"
 	"testing"
 
 	"github.com/virtlet/virtlet/internal/testnet"
 )
 
-func TestMain(m *testing.M) { testnet.Isolate(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(withoutBPF) != "" {
+		fmt.Fprintln(os.Stderr, becomeWithoutBPF(os.Args[1:]))
+		os.Exit(1)
+	}
+	testnet.Isolate(m)
+}

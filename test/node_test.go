@@ -158,8 +158,9 @@ func (n *node) processes() []int {
 
 // onPath are the programs that scripts find first.
 var onPath = map[string]string{
-	"node":    `exec nsenter --target "$NODE" --net --mount -- sh -c 'cd "$0" && exec "$@"' "$PWD" "$@"`,
-	"virtlet": `exec node "$VIRTLET_BIN" --run-dir "$WORK/run" --data-dir "$WORK/data" "$@"`,
+	"node":       `exec nsenter --target "$NODE" --net --mount -- sh -c 'cd "$0" && exec "$@"' "$PWD" "$@"`,
+	"virtlet":    `exec node "$VIRTLET_BIN" --run-dir "$WORK/run" --data-dir "$WORK/data" "$@"`,
+	"withoutbpf": withoutBPF + `=1 exec "$TEST_BIN" "$@"`,
 	"exits": `want=$1; shift
 "$@"; got=$?
 [ $got = "$want" ] || { echo "exit code $got, not $want" >&2; exit 1; }`,

@@ -33,6 +33,10 @@ func TestScripts(t *testing.T) {
 		t.Fatal(err)
 	}
 	plugins := testnet.Plugins(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
 	testscript.Run(t, testscript.Params{
 		Dir:         "script",
 		Cmds:        commands(),
@@ -45,6 +49,7 @@ func TestScripts(t *testing.T) {
 			}
 			e.Defer(func() { n.end(t, e) })
 			e.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+			e.Setenv("TEST_BIN", self)
 			e.Setenv("NODE", fmt.Sprint(n.pid()))
 			e.Setenv("VIRTLET_BIN", filepath.Join(bin, "real", "virtlet"))
 			return disks(e)
