@@ -31,10 +31,11 @@ var edges = map[string][]string{
 	"internal/node":                  {"internal/vm"},
 	"internal/vm": {
 		"internal/agent", "internal/cloudinit", "internal/cni", "internal/dhcp", "internal/image", "internal/netns", "internal/nic",
-		"internal/pci", "internal/podnet", "internal/qemu", "internal/ssh",
+		"internal/pci", "internal/podnet", "internal/qemu", "internal/ssh", "internal/vfio",
 	},
 	"internal/agent":     nil,
-	"internal/podnet":    {"internal/netns", "internal/nic", "internal/pci"},
+	"internal/podnet":    {"internal/netns", "internal/nic", "internal/vfio"},
+	"internal/vfio":      {"internal/netns", "internal/nic", "internal/pci"},
 	"internal/dhcp":      {"internal/nic"},
 	"internal/cloudinit": {"internal/nic"},
 	"internal/cni":       {"internal/netns"},
@@ -70,7 +71,7 @@ var guarded = []struct {
 	prefix string
 	by     []string
 }{
-	{"github.com/vishvananda/netlink", []string{"internal/netns", "internal/podnet", "internal/testnet", "test/bench", "test/lab/replay"}},
+	{"github.com/vishvananda/netlink", []string{"internal/netns", "internal/podnet", "internal/testnet", "internal/vfio", "test/bench", "test/lab/replay"}},
 	{"github.com/cilium/ebpf", []string{"internal/podnet", "test/bench"}},
 	{"github.com/vishvananda/netns", nil}, // a door of its own into namespaces
 	{"github.com/containernetworking/cni/pkg/types", []string{"internal/cni", "internal/nic", "internal/vm"}},

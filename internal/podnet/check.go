@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/vfio"
 )
 
 // Check says what is not any more as Attach left it: links that are gone, down, not joined, or have another MAC or an
@@ -65,14 +66,14 @@ func checkVFs(rec Record) error {
 	if len(rec.VFs) == 0 {
 		return nil
 	}
-	m, done, err := newMachine(nil)
+	m, err := vfio.Open(nil)
 	if err != nil {
 		return err
 	}
-	defer done()
+	defer m.Close()
 	var errs []error
 	for _, h := range rec.VFs {
-		errs = append(errs, m.check(h))
+		errs = append(errs, m.Check(h))
 	}
 	return errors.Join(errs...)
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/vfio"
 )
 
 // Detach undoes what Attach did, wholly or in part, so that the CNI plugin's DEL finds what its ADD left. It works from
@@ -95,14 +96,14 @@ func giveBack(ns *netns.NS, rec Record) error {
 	if len(rec.VFs) == 0 {
 		return nil
 	}
-	m, done, err := newMachine(ns)
+	m, err := vfio.Open(ns)
 	if err != nil {
 		return err
 	}
-	defer done()
+	defer m.Close()
 	var errs []error
 	for _, h := range rec.VFs {
-		if err := m.giveBack(h); err != nil {
+		if err := m.GiveBack(h); err != nil {
 			errs = append(errs, fmt.Errorf("return %s: %w", h.NIC, err))
 		}
 	}

@@ -6,7 +6,7 @@
 //	guest === TAP ---- redirect ---- veth, macvlan, ipvlan, netkit ~~~
 //	guest === TAP that was there ~~~
 //
-// or hands the NIC's PCI function itself over to QEMU, through VFIO; its PF then holds the guest to MAC and VLAN.
+// or has package vfio hand the NIC's PCI function itself over to QEMU; its PF then holds the guest to MAC and VLAN.
 //
 // The guest takes over the link's MAC, addresses and routes, so the link gives them up (by redirect, it keeps the MAC, and
 // mostly the rest), and the namespace's own stack stays silent. Rules at the two ends keep apart what must never meet - the
@@ -35,6 +35,7 @@ import (
 
 	"github.com/virtlet/virtlet/internal/netns"
 	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/vfio"
 )
 
 // Options says what Attach makes beside the links.
@@ -50,11 +51,7 @@ type Options struct {
 
 	Policies map[string]Policy // of the filters, by the NIC's name; a NIC without one has the zero Policy
 
-	// Of PCI functions: whom QEMU runs as, whether it takes their descriptors (iommufd), and whether one may go to a guest
-	// that is no virtual function.
-	UID           uint32
-	IOMMUFD       bool
-	AllowPhysical bool
+	PCI vfio.Options // of NICs that are PCI functions
 
 	Programs *Programs // from [Load], which the caller closes; nil: Attach loads what it needs
 
@@ -66,7 +63,7 @@ type Options struct {
 type Record struct {
 	Snapshot nic.Snapshot      `json:"snapshot"`
 	Joins    []Join            `json:"joins"`
-	VFs      []Handover        `json:"vfs,omitempty"`
+	VFs      []vfio.Handover   `json:"vfs,omitempty"`
 	Loopback map[string]string `json:"loopback,omitempty"` // settings of lo, where Attach changes them, as Observe gives those of links
 }
 
@@ -102,9 +99,9 @@ func (j Join) engine() Engine     { return cmp.Or(j.Engine, Nftables) }
 type Port struct {
 	NIC   nic.NIC
 	Join  Join
-	Taps  []*os.File // one for each queue, IFF_VNET_HDR set
-	Vhost []*os.File // as many as Taps, or none
-	VF    *Passed    // instead of all that, of a NIC that is a PCI function
+	Taps  []*os.File   // one for each queue, IFF_VNET_HDR set
+	Vhost []*os.File   // as many as Taps, or none
+	VF    *vfio.Passed // instead of all that, of a NIC that is a PCI function
 
 	ns       *netns.NS
 	tapIndex int
@@ -117,13 +114,8 @@ func (p *Port) Close() error {
 		errs = append(errs, f.Close())
 	}
 	p.Taps, p.Vhost = nil, nil
-	if vf := p.VF; vf != nil {
-		for _, f := range []*os.File{vf.Device, vf.IOMMU} {
-			if f != nil {
-				errs = append(errs, f.Close())
-			}
-		}
-		vf.Device, vf.IOMMU = nil, nil
+	if p.VF != nil {
+		errs = append(errs, p.VF.Close())
 	}
 	return errors.Join(errs...)
 }
@@ -172,15 +164,14 @@ func attachAll(ctx context.Context, ns *netns.NS, rec Record, nics []nic.NIC, o 
 			return nil, err
 		}
 	}
-	var m *machine
+	var m *vfio.Machine
 	if len(taps(nics)) < len(nics) {
-		m2, done, err := newMachine(ns)
-		if err != nil {
+		var err error
+		if m, err = vfio.Open(ns); err != nil {
 			return nil, err
 		}
-		defer done()
-		m = m2
-		if rec.VFs, err = m.plan(nics, o); err != nil {
+		defer m.Close()
+		if rec.VFs, err = m.Plan(nics, o.PCI); err != nil {
 			return nil, err
 		}
 	}
@@ -196,7 +187,7 @@ func attachAll(ctx context.Context, ns *netns.NS, rec Record, nics []nic.NIC, o 
 			break
 		}
 		p := &Port{NIC: nics[slices.IndexFunc(nics, func(n nic.NIC) bool { return n.Name == h.NIC })], ns: ns}
-		p.VF, err = m.take(h, o)
+		p.VF, err = m.Take(h, o.PCI)
 		ports = append(ports, p)
 		if err != nil {
 			err = fmt.Errorf("attach %s: %w", h.NIC, err)
@@ -227,6 +218,18 @@ func attachTaps(ctx context.Context, ns *netns.NS, rec Record, nics []nic.NIC, o
 		p.ns = ns
 	}
 	return ports, err
+}
+
+// taps gives the NICs that are served through a TAP.
+func taps(nics []nic.NIC) []nic.NIC {
+	return slices.DeleteFunc(slices.Clone(nics), func(n nic.NIC) bool { return n.VF != nil })
+}
+
+// inOrder gives ports the order of their NICs.
+func inOrder(ports []*Port, nics []nic.NIC) []*Port {
+	place := func(p *Port) int { return slices.IndexFunc(nics, func(n nic.NIC) bool { return n.Name == p.NIC.Name }) }
+	slices.SortFunc(ports, func(a, b *Port) int { return cmp.Compare(place(a), place(b)) })
+	return ports
 }
 
 // plan decides names. It changes nothing.

@@ -181,7 +181,7 @@ func setMark(conn *packet.Conn) error {
 // (VFIO_DEVICE_BIND_IOMMUFD); a queue that the guest did not use stays switched off.
 func (p *Port) Renew() error {
 	if p.VF != nil {
-		return p.VF.renew()
+		return p.VF.Renew()
 	}
 	for i, f := range p.Taps {
 		if len(p.Taps) == 1 {

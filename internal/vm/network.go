@@ -19,6 +19,7 @@ import (
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/qemu"
+	"github.com/virtlet/virtlet/internal/vfio"
 )
 
 // enter makes the VM's network namespace, or joins the one that somebody else configured.
@@ -126,7 +127,7 @@ func (c *Config) deviceInfos() string { return cmp.Or(c.DeviceInfos, cni.DeviceI
 func withDevice(a nic.Attachment, d cni.Device) nic.Attachment {
 	if d.Address == "" && d.PF != "" {
 		var err error
-		if d.Address, err = podnet.Virtual(d.PF, d.VF); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if d.Address, err = vfio.Virtual(d.PF, d.VF); err != nil && !errors.Is(err, os.ErrNotExist) {
 			d.Err = errors.Join(d.Err, err)
 		}
 	}
@@ -164,7 +165,7 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if snap.VFs, err = podnet.Functions(nic.Functions(v.cfg.Results, snap.Links)); err != nil {
+	if snap.VFs, err = vfio.Functions(nic.Functions(v.cfg.Results, snap.Links)); err != nil {
 		return "", err
 	}
 	nics, notes, err := nic.Plan(v.cfg.Results, snap)
@@ -231,13 +232,14 @@ func (v *VM) attach(ctx context.Context) (string, error) {
 func (v *VM) options(ctx context.Context, nics []nic.NIC) (podnet.Options, error) {
 	o := podnet.Options{
 		Queues: v.cfg.queues(), Vhost: true, Policies: map[string]podnet.Policy{},
-		Datapath: podnet.Wish(v.cfg.Datapath), UID: unprivileged(v.id), AllowPhysical: v.cfg.AllowPhysical, Localhost: v.cfg.Localhost,
+		Datapath: podnet.Wish(v.cfg.Datapath), Localhost: v.cfg.Localhost,
+		PCI: vfio.Options{UID: unprivileged(v.id), AllowPhysical: v.cfg.AllowPhysical},
 	}
 	var err error
 	if slices.ContainsFunc(nics, func(n nic.NIC) bool { return n.VF != nil }) {
 		var binary string // a pod's guest is not known yet
 		if binary, err = qemu.Find(v.cfg.QEMU, arch); err == nil {
-			o.IOMMUFD, err = qemu.TakesVFIODescriptors(ctx, binary)
+			o.PCI.IOMMUFD, err = qemu.TakesVFIODescriptors(ctx, binary)
 		}
 	}
 	return o, err

@@ -16,6 +16,7 @@ import (
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/qemu"
+	"github.com/virtlet/virtlet/internal/vfio"
 )
 
 // A plugin's DEL does not run before its function is back, and runs when there is nothing to bring back.
@@ -37,7 +38,7 @@ func TestDelWaitsForTheFunction(t *testing.T) {
 			Name:    "blue", ContainerID: "pod", NetNS: "/run/netns/virtlet-not-there", IfName: "eth0",
 		}},
 		// No function has such an address: it cannot be told whether it is there.
-		Network: &podnet.Record{VFs: []podnet.Handover{{NIC: "eth0", BDF: "broken", Boot: strings.TrimSpace(string(boot))}}},
+		Network: &podnet.Record{VFs: []vfio.Handover{{NIC: "eth0", BDF: "broken", Boot: strings.TrimSpace(string(boot))}}},
 	}
 	own, plugins := s.undoJournal(context.Background(), j)
 	if _, err := os.Stat(called); own == nil || plugins != nil || err == nil {
@@ -118,7 +119,7 @@ func TestFunctionsOfAPod(t *testing.T) {
 		t.Skip("needs QEMU: ", err)
 	}
 	v := &VM{cfg: Config{CPUs: 1, AllowPhysical: true}}
-	if o, err := v.options(t.Context(), []nic.NIC{{VF: &nic.VF{BDF: "0000:01:10.2"}}}); err != nil || !o.AllowPhysical {
+	if o, err := v.options(t.Context(), []nic.NIC{{VF: &nic.VF{BDF: "0000:01:10.2"}}}); err != nil || !o.PCI.AllowPhysical {
 		t.Errorf("options %+v, %v", o, err)
 	}
 }

@@ -1,4 +1,4 @@
-package podnet
+package vfio
 
 import (
 	"errors"
@@ -19,29 +19,33 @@ import (
 // that of process 1, and without CAP_SYS_PTRACE, which it takes to look at that, it is taken to be our own.
 const nodeNetNS, ownNetNS = "/proc/1/ns/net", "/proc/self/ns/net"
 
-// newMachine opens the node; done closes that. pod may be nil: then it is gone.
-func newMachine(pod *netns.NS) (m *machine, done func(), err error) {
+// Open opens the node, for functions of a pod. The caller closes it. pod stays the caller's; it may be nil: then it is gone.
+func Open(pod *netns.NS) (*Machine, error) {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
-		return nil, nil, fmt.Errorf("tell one boot from another: %w", err)
+		return nil, fmt.Errorf("tell one boot from another: %w", err)
 	}
 	node, err := netns.Open(nodeNetNS)
 	if errors.Is(err, os.ErrPermission) {
 		node, err = netns.Open(ownNetNS)
 	}
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	const patience = 30 * time.Second // cards whose firmware is slow take several
 	var fs pci.FS
-	m = &machine{fs: fs, links: &kernelLinks{node, pod}, inUse: fs.InUse, boot: strings.TrimSpace(string(boot)), patience: patience}
-	return m, func() { node.Close() }, nil
+	return &Machine{
+		fs: fs, links: &kernelLinks{node, pod}, inUse: fs.InUse, close: node.Close, boot: strings.TrimSpace(string(boot)), patience: patience,
+	}, nil
 }
+
+// Close closes the node.
+func (m *Machine) Close() error { return m.close() }
 
 // kernelLinks are the kernel's own.
 type kernelLinks struct{ node, pod *netns.NS }
 
-func (k *kernelLinks) State(pf string, index int) (s VFState, err error) {
+func (k *kernelLinks) State(pf string, index int) (s State, err error) {
 	err = k.node.Do(func() error {
 		s, err = vfState(pf, index)
 		return err
@@ -51,11 +55,11 @@ func (k *kernelLinks) State(pf string, index int) (s VFState, err error) {
 
 func (k *kernelLinks) Set(pf string, c change) error {
 	return k.node.Do(func() error {
-		index, err := ioctlLink(pf)
+		link, err := k.node.Netlink().LinkByName(pf)
 		if err != nil {
 			return err
 		}
-		return setVF(index, c)
+		return setVF(link.Attrs().Index, c)
 	})
 }
 

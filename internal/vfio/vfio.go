@@ -1,12 +1,15 @@
-package podnet
+// Package vfio hands PCI functions of a pod, such as SR-IOV VFs, over to QEMU by the kernel's VFIO, and takes them back.
+//
+// [Machine.Plan] records each function as it is: its [Handover], which is written down before [Machine.Take] changes anything.
+// [Machine.GiveBack] undoes that, wholly or in part, from any process, any number of times, and leaves alone what is somebody else's
+// by now. MAC and VLAN are set at the physical function, where the guest cannot change them.
+package vfio
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/virtlet/virtlet/internal/nic"
@@ -23,7 +26,7 @@ type Handover struct {
 	Driver string     `json:"driver"`
 	Forced string     `json:"forced,omitempty"` // driver_override
 	MAC    nic.MAC    `json:"mac"`              // the guest's, which the PF holds it to
-	State  *VFState   `json:"state,omitempty"`  // at the PF
+	State  *State     `json:"state,omitempty"`  // at the PF
 	Node   *pci.Owner `json:"node,omitempty"`   // of the group's device file; nil: there was none
 	UID    uint32     `json:"uid,omitempty"`    // whom that is given to; 0: nobody
 	Boot   string     `json:"boot"`             // of the kernel; nothing of all this outlives it
@@ -32,7 +35,14 @@ type Handover struct {
 // detached says that the function was with VFIO before, and stays there.
 func (h *Handover) detached() bool { f := pci.Function{Driver: h.Driver}; return f.WithVFIO() }
 
-// Passed is a function that is ready for QEMU.
+// Options say how functions are handed over.
+type Options struct {
+	UID           uint32 // whom QEMU runs as
+	IOMMUFD       bool   // QEMU takes descriptors of devices
+	AllowPhysical bool   // a function that is no virtual one may go to a guest
+}
+
+// Passed is a function that is ready for QEMU. Who has it closes it.
 type Passed struct {
 	BDF    string
 	Group  string   // device file of its IOMMU group, which the uid of Options may open; "": Device is used
@@ -40,8 +50,21 @@ type Passed struct {
 	IOMMU  *os.File // /dev/iommu; of several ports, the first that has Device has it for all
 }
 
-// renew opens the files again that QEMU was given.
-func (p *Passed) renew() error {
+// Close closes the files. QEMU has copies.
+func (p *Passed) Close() error {
+	var errs []error
+	for _, f := range []**os.File{&p.Device, &p.IOMMU} {
+		if *f != nil {
+			errs = append(errs, (*f).Close())
+			*f = nil
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Renew opens the files again that QEMU was given, for another guest: the kernel ties that of a function to the first IOMMU
+// context (VFIO_DEVICE_BIND_IOMMUFD).
+func (p *Passed) Renew() error {
 	for _, f := range []**os.File{&p.Device, &p.IOMMU} {
 		if *f == nil {
 			continue // QEMU opens the group itself
@@ -58,11 +81,12 @@ func (p *Passed) renew() error {
 	return nil
 }
 
-// machine is what is around the namespace, as far as PCI functions go.
-type machine struct {
+// Machine is what is around the namespace, as far as PCI functions go.
+type Machine struct {
 	fs       pci.FS
 	links    vfLinks
 	inUse    func(group int) (bool, error)
+	close    func() error
 	boot     string
 	patience time.Duration // for a driver to make a network device, and for VFIO to let go
 }
@@ -70,7 +94,7 @@ type machine struct {
 // vfLinks are the network devices of functions.
 type vfLinks interface {
 	// State reads what a PF, of that name on the node, has set for a VF; Set makes one change.
-	State(pf string, index int) (VFState, error)
+	State(pf string, index int) (State, error)
 	Set(pf string, c change) error
 	// Find gives the index of the network device of a function, and whether it is in the pod. 0: neither there nor on
 	// the node.
@@ -84,18 +108,18 @@ func Functions(bdfs []string) ([]nic.VF, error) {
 	if len(bdfs) == 0 {
 		return nil, nil
 	}
-	m, done, err := newMachine(nil)
+	m, err := Open(nil)
 	if err != nil {
 		return nil, err
 	}
-	defer done()
+	defer m.Close()
 	return m.functions(bdfs)
 }
 
 // Virtual gives the PCI address of a VF by the network device of its PF on the node, and its number there.
 func Virtual(pf string, number int) (string, error) { return pci.FS{}.Virtual(pf, number) }
 
-func (m *machine) functions(bdfs []string) ([]nic.VF, error) {
+func (m *Machine) functions(bdfs []string) ([]nic.VF, error) {
 	var all []nic.VF
 	for _, bdf := range bdfs {
 		f, err := m.fs.Function(bdf)
@@ -122,7 +146,7 @@ func (m *machine) functions(bdfs []string) ([]nic.VF, error) {
 }
 
 // pf gives the network device of a physical function.
-func (m *machine) pf(bdf string) (string, error) {
+func (m *Machine) pf(bdf string) (string, error) {
 	name, err := m.fs.Netdev(bdf)
 	if err == nil && name == "" {
 		err = fmt.Errorf("physical function %s has no network device on the node: without it nobody holds a guest to its MAC and VLAN; give the function its kernel driver back, and its device to the node's namespace", bdf)
@@ -130,8 +154,8 @@ func (m *machine) pf(bdf string) (string, error) {
 	return name, err
 }
 
-// plan records every function as it is, and refuses those that cannot go to a guest. It changes nothing.
-func (m *machine) plan(nics []nic.NIC, o Options) ([]Handover, error) {
+// Plan records every function as it is, and refuses those that cannot go to a guest. It changes nothing.
+func (m *Machine) Plan(nics []nic.NIC, o Options) ([]Handover, error) {
 	var all []Handover
 	var with []string
 	for _, n := range nics {
@@ -152,7 +176,7 @@ func (m *machine) plan(nics []nic.NIC, o Options) ([]Handover, error) {
 	return all, nil
 }
 
-func (m *machine) record(n nic.NIC, with []string, o Options) (h Handover, err error) {
+func (m *Machine) record(n nic.NIC, with []string, o Options) (h Handover, err error) {
 	f, err := m.fs.Function(n.VF.BDF)
 	if err != nil {
 		return h, err
@@ -186,8 +210,8 @@ func (m *machine) record(n nic.NIC, with []string, o Options) (h Handover, err e
 	return h, err
 }
 
-// take hands a function over to QEMU. The record of it is on disk.
-func (m *machine) take(h Handover, o Options) (p *Passed, err error) {
+// Take hands a function over to QEMU. The record of it is on disk.
+func (m *Machine) Take(h Handover, o Options) (p *Passed, err error) {
 	if h.State != nil {
 		want := *h.State
 		want.MAC = h.MAC
@@ -231,7 +255,7 @@ func (m *machine) take(h Handover, o Options) (p *Passed, err error) {
 }
 
 // set makes one state of a VF at its PF of another.
-func (m *machine) set(h Handover, from, to VFState) error {
+func (m *Machine) set(h Handover, from, to State) error {
 	changes := to.changes(from, h.Index)
 	if len(changes) == 0 {
 		return nil
@@ -250,7 +274,7 @@ func (m *machine) set(h Handover, from, to VFState) error {
 }
 
 // settle sees that the PF has what is wanted, and sets again what a change of the driver may have lost.
-func (m *machine) settle(h Handover, want VFState) error {
+func (m *Machine) settle(h Handover, want State) error {
 	pf, err := m.pf(h.PF)
 	if err != nil {
 		return err
@@ -274,10 +298,10 @@ func (m *machine) settle(h Handover, want VFState) error {
 	return err
 }
 
-// giveBack undoes take, wholly or in part, and brings the function's network device back to the pod. QEMU must have ended.
+// GiveBack undoes Take, wholly or in part, and brings the function's network device back to the pod. QEMU must have ended.
 // A function that is somebody else's by now is left alone: one of another boot, or of another physical function; with
 // another MAC, another driver, another program, or in another namespace.
-func (m *machine) giveBack(h Handover) error {
+func (m *Machine) GiveBack(h Handover) error {
 	if h.Boot != m.boot {
 		return nil
 	}
@@ -331,7 +355,7 @@ func (m *machine) giveBack(h Handover) error {
 }
 
 // ours says whether a function can still be the one that was taken.
-func (m *machine) ours(h Handover, f pci.Function) (bool, error) {
+func (m *Machine) ours(h Handover, f pci.Function) (bool, error) {
 	if h.State != nil {
 		pf, err := m.pf(h.PF)
 		if err != nil {
@@ -359,7 +383,7 @@ func (m *machine) ours(h Handover, f pci.Function) (bool, error) {
 }
 
 // bring looks for the network device, which the driver makes on the node if it is fresh, and gives it to the pod.
-func (m *machine) bring(h Handover, fresh bool) error {
+func (m *Machine) bring(h Handover, fresh bool) error {
 	index, inPod := 0, false
 	found, err := m.await(func() (bool, error) {
 		var err error
@@ -381,7 +405,7 @@ func (m *machine) bring(h Handover, fresh bool) error {
 }
 
 // await asks until the answer is yes or patience has ended.
-func (m *machine) await(ask func() (bool, error)) (bool, error) {
+func (m *Machine) await(ask func() (bool, error)) (bool, error) {
 	const tick = 20 * time.Millisecond // sysfs and VFIO tell nobody
 	for end := time.Now().Add(m.patience); ; time.Sleep(tick) {
 		if yes, err := ask(); yes || err != nil || time.Now().After(end) {
@@ -390,8 +414,8 @@ func (m *machine) await(ask func() (bool, error)) (bool, error) {
 	}
 }
 
-// check says what is not any more as take left it.
-func (m *machine) check(h Handover) error {
+// Check says what is not any more as Take left it.
+func (m *Machine) Check(h Handover) error {
 	fail := func(err error) error {
 		return fmt.Errorf("%s is not the guest's as it was: %w", h.NIC, err)
 	}
@@ -419,16 +443,4 @@ func (m *machine) check(h Handover) error {
 		return fail(fmt.Errorf("VF %d of %s does not have %s any more", h.Index, pf, diff))
 	}
 	return nil
-}
-
-// taps gives the NICs that are served through a TAP.
-func taps(nics []nic.NIC) []nic.NIC {
-	return slices.DeleteFunc(slices.Clone(nics), func(n nic.NIC) bool { return n.VF != nil })
-}
-
-// inOrder gives ports the order of their NICs.
-func inOrder(ports []*Port, nics []nic.NIC) []*Port {
-	place := func(p *Port) int { return slices.IndexFunc(nics, func(n nic.NIC) bool { return n.Name == p.NIC.Name }) }
-	slices.SortFunc(ports, func(a, b *Port) int { return cmp.Compare(place(a), place(b)) })
-	return ports
 }

@@ -1,4 +1,4 @@
-package podnet
+package vfio
 
 import (
 	"encoding/json"
@@ -26,7 +26,7 @@ type killed struct{}
 // the network devices here. It counts what is changed, and can kill the process that changes it.
 type node struct {
 	*testpci.Tree
-	states map[int]VFState
+	states map[int]State
 	links  map[string]place // by address
 	open   map[int]bool     // IOMMU groups that a program has open
 	next   int
@@ -48,7 +48,7 @@ func newNode(t testing.TB, vfDriver string) *node {
 			testpci.Device{BDF: pfAddr, Driver: "igb", Total: 7, Group: 14, Net: []testpci.Net{{Name: "enp1s0"}}},
 			testpci.Device{BDF: vfAddr, Driver: vfDriver, PF: pfAddr, Index: 0, Group: 15},
 			testpci.Device{BDF: otherVF, Driver: "igbvf", PF: pfAddr, Index: 1, Group: 16}).IOMMU(),
-		states: map[int]VFState{
+		states: map[int]State{
 			0: {MAC: nic.MAC{2, 0, 0, 0, 1, 0}, VLAN: 100, QoS: 3, SpoofChk: 1, Trust: unsaid, MaxRate: 1000},
 			1: {SpoofChk: 1, Trust: unsaid},
 		},
@@ -88,11 +88,11 @@ func (n *node) step() {
 	}
 }
 
-func (n *node) State(pf string, index int) (VFState, error) {
+func (n *node) State(pf string, index int) (State, error) {
 	if s, ok := n.states[index]; pf == "enp1s0" && ok {
 		return s, nil
 	}
-	return VFState{}, errors.New("no such VF")
+	return State{}, errors.New("no such VF")
 }
 
 func (n *node) Set(pf string, c change) error {
@@ -127,8 +127,8 @@ func (n *node) Bring(index int, _ bool, name string) error {
 	return nil
 }
 
-func (n *node) machine(boot string) *machine {
-	return &machine{
+func (n *node) machine(boot string) *Machine {
+	return &Machine{
 		fs: n.FS, links: n, boot: boot, patience: 50 * time.Millisecond,
 		inUse: func(group int) (bool, error) { return n.open[group], nil },
 	}
@@ -163,7 +163,7 @@ var guestNIC = nic.NIC{Name: "net1", MAC: nic.MAC{2, 0, 0, 0, 1, 0}, MTU: 1500, 
 
 func record(t testing.TB, n *node, o Options) Handover {
 	t.Helper()
-	hs, err := n.machine("boot").plan([]nic.NIC{{Name: "eth0"}, guestNIC}, o)
+	hs, err := n.machine("boot").Plan([]nic.NIC{{Name: "eth0"}, guestNIC}, o)
 	if err != nil || len(hs) != 1 {
 		t.Fatalf("plan: %v, %v", hs, err)
 	}
@@ -207,7 +207,7 @@ func TestHandover(t *testing.T) {
 				t.Fatalf("planning has changed the node: %s", cmp.Diff(before, now))
 			}
 			m := n.machine("boot")
-			p, err := m.take(h, o)
+			p, err := m.Take(h, o)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -218,24 +218,24 @@ func TestHandover(t *testing.T) {
 			if s := n.states[0]; n.Driver(vfAddr) != pci.VFIO || s.VLAN != 100 || s.MAC != guestNIC.MAC {
 				t.Errorf("driver %s, %+v", n.Driver(vfAddr), s)
 			}
-			if err := m.check(h); err != nil {
+			if err := m.Check(h); err != nil {
 				t.Error(err)
 			}
 			s := n.states[0]
 			s.VLAN = 7
 			n.states[0] = s
-			if err := m.check(h); err == nil || !strings.Contains(err.Error(), "VLAN 100") {
+			if err := m.Check(h); err == nil || !strings.Contains(err.Error(), "VLAN 100") {
 				t.Errorf("somebody changed the VLAN: %v", err)
 			}
 			for range 2 {
-				if err := n.machine("boot").giveBack(h); err != nil {
+				if err := n.machine("boot").GiveBack(h); err != nil {
 					t.Fatal(err)
 				}
 				if now := n.sight(t); now != before {
 					t.Fatalf("not as before:\n%s", cmp.Diff(before, now))
 				}
 			}
-			if err := m.check(h); driver == "igbvf" && (err == nil || !strings.Contains(err.Error(), "igbvf")) {
+			if err := m.Check(h); driver == "igbvf" && (err == nil || !strings.Contains(err.Error(), "igbvf")) {
 				t.Errorf("it is not the guest's any more: %v", err)
 			}
 		})
@@ -259,17 +259,17 @@ func TestHandoverKilledAtEveryStep(t *testing.T) {
 					before := n.sight(t)
 					h := record(t, n, o)
 					cut = n.kill(take, func() {
-						if _, err := n.machine("boot").take(h, o); err != nil {
+						if _, err := n.machine("boot").Take(h, o); err != nil {
 							t.Fatal(err)
 						}
 					})
 					again := n.kill(back, func() {
-						if err := n.machine("boot").giveBack(h); err != nil {
+						if err := n.machine("boot").GiveBack(h); err != nil {
 							t.Fatal(err)
 						}
 					})
 					if again {
-						if err := n.machine("boot").giveBack(h); err != nil {
+						if err := n.machine("boot").GiveBack(h); err != nil {
 							t.Fatalf("taking killed at step %d, returning at %d: %v", take, back, err)
 						}
 					}
@@ -323,12 +323,12 @@ func TestSomebodyElses(t *testing.T) {
 			n := newNode(t, "igbvf")
 			o := Options{} // the owner of the file is no sign here
 			h := record(t, n, o)
-			if _, err := n.machine("boot").take(h, o); err != nil {
+			if _, err := n.machine("boot").Take(h, o); err != nil {
 				t.Fatal(err)
 			}
 			tt.meanwhile(t, n)
 			before := n.sight(t)
-			if err := n.machine(tt.boot).giveBack(h); err != nil {
+			if err := n.machine(tt.boot).GiveBack(h); err != nil {
 				t.Error(err)
 			}
 			if now := n.sight(t); now != before {
@@ -341,17 +341,17 @@ func TestSomebodyElses(t *testing.T) {
 func TestPlanRefuses(t *testing.T) {
 	n := newNode(t, pci.VFIO)
 	n.open[15] = true
-	if _, err := n.machine("boot").plan([]nic.NIC{guestNIC}, Options{}); err == nil || !strings.Contains(err.Error(), "another VM") {
+	if _, err := n.machine("boot").Plan([]nic.NIC{guestNIC}, Options{}); err == nil || !strings.Contains(err.Error(), "another VM") {
 		t.Errorf("in use: %v", err)
 	}
 	n = newNode(t, "igbvf")
 	n.Unbind(pfAddr)
-	if _, err := n.machine("boot").plan([]nic.NIC{guestNIC}, Options{}); err == nil || !strings.Contains(err.Error(), "no network device on the node") {
+	if _, err := n.machine("boot").Plan([]nic.NIC{guestNIC}, Options{}); err == nil || !strings.Contains(err.Error(), "no network device on the node") {
 		t.Errorf("a PF without a driver: %v", err)
 	}
 	n = newNode(t, "igbvf")
 	physical := nic.NIC{Name: "net1", VF: &nic.VF{BDF: pfAddr}}
-	if _, err := n.machine("boot").plan([]nic.NIC{physical}, Options{}); !errors.Is(err, pci.ErrNotVirtual) {
+	if _, err := n.machine("boot").Plan([]nic.NIC{physical}, Options{}); !errors.Is(err, pci.ErrNotVirtual) {
 		t.Errorf("a PF: %v", err)
 	}
 }
@@ -369,14 +369,14 @@ func TestPhysical(t *testing.T) {
 	}
 	n.Unbound = func(bdf, _ string) { delete(n.links, bdf) }
 	m, card := n.machine("boot"), nic.NIC{Name: "net1", VF: &nic.VF{BDF: addr}}
-	hs, err := m.plan([]nic.NIC{card}, Options{AllowPhysical: true})
+	hs, err := m.Plan([]nic.NIC{card}, Options{AllowPhysical: true})
 	if err != nil || hs[0].State != nil {
 		t.Fatalf("%+v, %v", hs, err)
 	}
-	if _, err := m.take(hs[0], Options{}); err != nil || n.Driver(addr) != pci.VFIO {
+	if _, err := m.Take(hs[0], Options{}); err != nil || n.Driver(addr) != pci.VFIO {
 		t.Errorf("driver %s, %v", n.Driver(addr), err)
 	}
-	if err := m.giveBack(hs[0]); err != nil || n.Driver(addr) != "igb" || n.links[addr] != (place{"pod", "net1", 9}) {
+	if err := m.GiveBack(hs[0]); err != nil || n.Driver(addr) != "igb" || n.links[addr] != (place{"pod", "net1", 9}) {
 		t.Errorf("driver %s, %+v, %v", n.Driver(addr), n.links[addr], err)
 	}
 }
@@ -393,13 +393,13 @@ func TestFunctionsSeen(t *testing.T) {
 	}
 }
 
-func TestVFState(t *testing.T) {
-	all := VFState{MAC: nic.MAC{2, 0, 0, 0, 0, 9}, VLAN: 100, QoS: 5, Protocol: 0x88a8, SpoofChk: 1, Trust: 1, LinkState: 2, MinRate: 10, MaxRate: 20}
-	none := VFState{SpoofChk: unsaid, Trust: unsaid}
-	for _, tt := range []struct{ from, to, want VFState }{
+func TestState(t *testing.T) {
+	all := State{MAC: nic.MAC{2, 0, 0, 0, 0, 9}, VLAN: 100, QoS: 5, Protocol: 0x88a8, SpoofChk: 1, Trust: 1, LinkState: 2, MinRate: 10, MaxRate: 20}
+	none := State{SpoofChk: unsaid, Trust: unsaid}
+	for _, tt := range []struct{ from, to, want State }{
 		{none, all, all},
-		{all, VFState{}, VFState{Protocol: 0x88a8}},                            // without a VLAN there is none to say
-		{VFState{SpoofChk: 1, Trust: 1}, none, VFState{SpoofChk: 1, Trust: 1}}, // unsaid is no wish
+		{all, State{}, State{Protocol: 0x88a8}}, // without a VLAN there is none to say
+		{State{SpoofChk: 1, Trust: 1}, none, State{SpoofChk: 1, Trust: 1}}, // unsaid is no wish
 	} {
 		is := tt.from
 		for _, c := range tt.to.changes(tt.from, 3) {
@@ -431,7 +431,7 @@ func TestPassedAgain(t *testing.T) {
 	n.Cdev()
 	o := Options{IOMMUFD: true}
 	h := record(t, n, o)
-	p, err := n.machine("boot").take(h, o)
+	p, err := n.machine("boot").Take(h, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -439,8 +439,7 @@ func TestPassedAgain(t *testing.T) {
 	if device == nil || iommu == nil {
 		t.Fatalf("passed %+v", p)
 	}
-	port := &Port{VF: p}
-	if err := port.Renew(); err != nil {
+	if err := p.Renew(); err != nil {
 		t.Fatal(err)
 	}
 	if p.Device == device || p.IOMMU == iommu || p.Device.Name() != device.Name() || p.IOMMU.Name() != iommu.Name() {
@@ -452,13 +451,13 @@ func TestPassedAgain(t *testing.T) {
 	if err := os.Remove(p.Device.Name()); err != nil {
 		t.Fatal(err)
 	}
-	if err := port.Renew(); err == nil || !strings.Contains(err.Error(), vfAddr) {
+	if err := p.Renew(); err == nil || !strings.Contains(err.Error(), vfAddr) {
 		t.Errorf("a function that has gone: %v", err)
 	}
-	if err := port.Close(); err != nil {
+	if err := p.Close(); err != nil {
 		t.Error(err)
 	}
-	if err := (&Port{VF: &Passed{BDF: vfAddr, Group: "/dev/vfio/15"}}).Renew(); err != nil {
+	if err := (&Passed{BDF: vfAddr, Group: "/dev/vfio/15"}).Renew(); err != nil {
 		t.Errorf("a function by its group: %v", err)
 	}
 }

@@ -1,4 +1,4 @@
-package podnet
+package vfio
 
 import (
 	"encoding/binary"
@@ -13,9 +13,9 @@ import (
 	"github.com/virtlet/virtlet/internal/nic"
 )
 
-// VFState is what a PF has set for one of its VFs, by rtnetlink's IFLA_VFINFO_LIST. A guest that owns the VF cannot change
+// State is what a PF has set for one of its VFs, by rtnetlink's IFLA_VFINFO_LIST. A guest that owns the VF cannot change
 // it, unless the VF is trusted.
-type VFState struct {
+type State struct {
 	MAC       nic.MAC `json:"mac,omitzero"`
 	VLAN      uint32  `json:"vlan,omitempty"`
 	QoS       uint32  `json:"qos,omitempty"`
@@ -32,7 +32,7 @@ const unsaid = 1<<32 - 1
 
 // The attributes of one VF, of which each begins with the VF's number (linux/if_link.h: struct ifla_vf_*). The library's
 // own reading takes the place in the list for the number, and -1 for yes.
-func (s *VFState) read(attrs []syscall.NetlinkRouteAttr) (number uint32) {
+func (s *State) read(attrs []syscall.NetlinkRouteAttr) (number uint32) {
 	number = unsaid
 	for _, a := range attrs {
 		word := func(i int) uint32 {
@@ -76,7 +76,7 @@ type change struct {
 }
 
 // changes gives what makes from to: one attribute each, as a driver that does not have one refuses all of a message.
-func (s VFState) changes(from VFState, index int) []change {
+func (s State) changes(from State, index int) []change {
 	var all []change
 	add := func(differs bool, what string, kind int, words ...uint32) {
 		if differs {
@@ -114,7 +114,7 @@ func vfWords(index int, words ...uint32) []byte {
 }
 
 // differs says in which words two states are not the same; "" if they are.
-func (s VFState) differs(is VFState) string {
+func (s State) differs(is State) string {
 	var words []string
 	for _, c := range s.changes(is, 0) {
 		words = append(words, c.what)
@@ -136,19 +136,19 @@ func setVF(pf int, c change) error {
 }
 
 // vfState asks the PF of that name for one of its VFs. It runs in the PF's namespace.
-func vfState(pf string, index int) (VFState, error) {
+func vfState(pf string, index int) (State, error) {
 	req := nl.NewNetlinkRequest(unix.RTM_GETLINK, 0)
 	req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
 	req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(nl.RTEXT_FILTER_VF)))
 	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(pf)))
 	msgs, err := req.Execute(unix.NETLINK_ROUTE, 0)
 	if err != nil {
-		return VFState{}, fmt.Errorf("ask %s for its VF %d: %w", pf, index, err)
+		return State{}, fmt.Errorf("ask %s for its VF %d: %w", pf, index, err)
 	}
 	for _, m := range msgs {
 		attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
 		if err != nil {
-			return VFState{}, fmt.Errorf("ask %s for its VF %d: %w", pf, index, err)
+			return State{}, fmt.Errorf("ask %s for its VF %d: %w", pf, index, err)
 		}
 		for _, a := range attrs {
 			if a.Attr.Type&^unix.NLA_F_NESTED != unix.IFLA_VFINFO_LIST {
@@ -156,29 +156,29 @@ func vfState(pf string, index int) (VFState, error) {
 			}
 			s, err := findVF(a.Value, index)
 			if err != nil {
-				return VFState{}, fmt.Errorf("ask %s for its VF %d: %w", pf, index, err)
+				return State{}, fmt.Errorf("ask %s for its VF %d: %w", pf, index, err)
 			}
 			return s, nil
 		}
 	}
-	return VFState{}, fmt.Errorf("ask %s for its VF %d: it has none", pf, index)
+	return State{}, fmt.Errorf("ask %s for its VF %d: it has none", pf, index)
 }
 
 // findVF finds one VF in the value of IFLA_VFINFO_LIST. The kernel leaves out those whose driver fails to say anything.
-func findVF(list []byte, index int) (VFState, error) {
+func findVF(list []byte, index int) (State, error) {
 	vfs, err := nl.ParseRouteAttr(list)
 	if err != nil {
-		return VFState{}, err
+		return State{}, err
 	}
 	for _, vf := range vfs {
 		attrs, err := nl.ParseRouteAttr(vf.Value)
 		if err != nil {
-			return VFState{}, err
+			return State{}, err
 		}
-		var s VFState
+		var s State
 		if s.read(attrs) == uint32(index) {
 			return s, nil
 		}
 	}
-	return VFState{}, errors.New("its driver says nothing of it")
+	return State{}, errors.New("its driver says nothing of it")
 }
