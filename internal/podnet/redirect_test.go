@@ -3,11 +3,13 @@ package podnet
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/gopacket/gopacket"
@@ -537,5 +539,72 @@ func TestFilterConfigs(t *testing.T) {
 	var old Join // as records were before there was more than one way
 	if old.Bridge = "vltbr0"; old.datapath() != Bridged {
 		t.Errorf("an old record is taken for %q", old.datapath())
+	}
+}
+
+// tc takes a frame before nftables' ingress has seen it, and what it redirects the kernel spares nftables' egress, too. So what
+// mirred redirects meets no rule of ours, at neither device: see docs/decisions/0015-redirect-by-ebpf.md. A kernel that has it
+// otherwise fails here.
+func TestMirredGoesPastRules(t *testing.T) {
+	t.Parallel()
+	node := testnet.NewNode(t, gw4)
+	pod, host := addPodOf(t, "veth", node, dualStack())
+	const tap = "vlttap0"
+	pod.Sysctl("ipv6/conf/default/disable_ipv6", "1")
+	var taps []*os.File
+	pod.Must(func() (err error) { taps, err = openTap(tap, 1, false); return err })
+	pod.MustRun("ip", "link", "set", tap, "up")
+	guest := testnet.NewGuest(t, nic.NIC{Name: "eth0", MAC: mac, MTU: 1450}, taps[0])
+	var chains []string
+	for from, to := range map[string]string{"eth0": tap, tap: "eth0"} {
+		pod.MustRun("tc", "qdisc", "add", "dev", from, "clsact")
+		pod.MustRun("tc", "filter", "add", "dev", from, "ingress", "protocol", "all", "u32", "match", "u32", "0", "0", "action", "mirred", "egress", "redirect", "dev", to)
+		for _, hook := range []string{"ingress", "egress"} {
+			chain := hook + "-" + from
+			chains = append(chains, chain)
+			pod.MustRun("nft", fmt.Sprintf("add table netdev seen; add chain netdev seen %s { type filter hook %s device %s priority 0; }; add rule netdev seen %[1]s udp dport 9 counter drop", chain, hook, from))
+		}
+	}
+	met := func(chain string) bool {
+		return !strings.Contains(pod.MustRun("nft", "list", "chain", "netdev", "seen", chain), "counter packets 0 ")
+	}
+	wire, inside, heard := testnet.NewCapture(t, node.Namespace, host), testnet.NewCapture(t, guest, "eth0"), testnet.NewCapture(t, pod, tap)
+	awaitForwarding(t, node, host, inside)
+	mark := []byte("a frame of the guest")
+	sample := datagram{src: 9, dst: 9}.frame(t, mac.HardwareAddr(), mark)
+	guest.Send("eth0", sample)
+	if !wire.Await(patience, has(mark)) || !heard.Await(patience, has(mark)) {
+		t.Error("the guest's frame does not leave, or a socket on the TAP does not hear it")
+	}
+	for _, chain := range chains {
+		if met(chain) {
+			t.Errorf("redirected frames meet %s", chain)
+		}
+	}
+	// What does not come by tc meets all of them: the namespace's own frames, and the others where tc does nothing.
+	for _, dev := range []string{"eth0", tap} {
+		pod.Must(func() error {
+			ifi, err := net.InterfaceByName(dev)
+			if err != nil {
+				return err
+			}
+			conn, err := packet.Listen(ifi, packet.Raw, 0, nil)
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			if _, err = conn.WriteTo(sample, &packet.Addr{HardwareAddr: broadcast}); errors.Is(err, unix.ENOBUFS) { // as of all that is dropped there
+				return nil
+			}
+			return fmt.Errorf("the namespace's own frame at %s: %v, want it dropped", dev, err)
+		})
+		pod.MustRun("tc", "qdisc", "del", "dev", dev, "clsact")
+	}
+	guest.Send("eth0", sample)
+	node.Send(host, sample)
+	for end := time.Now().Add(patience); slices.ContainsFunc(chains, func(c string) bool { return !met(c) }); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("of %v some are met by nothing at all: the test proves nothing", chains)
+		}
 	}
 }
