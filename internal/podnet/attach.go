@@ -100,19 +100,36 @@ func (a *attempt) filter() {
 			b.addForwards(j)
 		}
 		b.addLocalhost(a.joints)
-		if err = cmp.Or(a.o.lacks(needNftables), b.send(on.nfnl)); err != nil {
-			err = &lack{needNftables, fmt.Errorf("add filters: %w (needs %s)", err, strings.Join(filterConfigs(a.rec.Joins), ", "))}
-		}
+		err = a.lay(b, on.nfnl)
 	}
 	a.filtered <- filtered{progs, err}
 }
 
-// lacks is the error that a test wants.
+// lay puts the filters into force.
+func (a *attempt) lay(b *batch, nfnl int) error {
+	err := a.o.lacks(needNftables)
+	if err == nil && len(b.forwards) > 0 {
+		err = a.o.lacks(needForward)
+	}
+	if err = cmp.Or(err, b.send(nfnl)); err == nil {
+		return nil
+	}
+	of := needNftables
+	if l := (*lack)(nil); errors.As(err, &l) {
+		of = l.of
+	}
+	return &lack{of, fmt.Errorf("add filters: %w (needs %s)", err, strings.Join(filterConfigs(a.rec.Joins), ", "))}
+}
+
+// lacks is the lack that a test wants.
 func (o *Options) lacks(n need) error {
 	if o.fail == nil {
 		return nil
 	}
-	return o.fail(n)
+	if err := o.fail(n); err != nil {
+		return &lack{n, err}
+	}
+	return nil
 }
 
 func (a *attempt) close() {

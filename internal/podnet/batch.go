@@ -3,6 +3,7 @@ package podnet
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,6 +15,8 @@ type batch struct {
 	buf  []byte
 	last int // where the latest message begins
 	seq  uint32
+
+	forwards []uint32 // the messages that needForward is for
 }
 
 func newBatch() *batch {
@@ -69,6 +72,9 @@ func (b *batch) addHook(h hook) {
 	at := attrs{}.u32(unix.NFTA_HOOK_HOOKNUM, number).u32(unix.NFTA_HOOK_PRIORITY, uint32(priority)).text(unix.NFTA_HOOK_DEV, h.device)
 	b.add(unix.NFT_MSG_NEWCHAIN, attrs{}.text(unix.NFTA_CHAIN_TABLE, table.Name).text(unix.NFTA_CHAIN_NAME, h.chain()).
 		nest(unix.NFTA_CHAIN_HOOK, at).text(unix.NFTA_CHAIN_TYPE, "filter"))
+	if h.egress {
+		b.forwards = append(b.forwards, b.seq)
+	}
 }
 
 // addRule appends a rule to a chain; exprs are attributes NFTA_LIST_ELEM.
@@ -80,7 +86,14 @@ func (b *batch) addRule(chain string, exprs attrs, userData []byte) {
 	b.add(unix.NFT_MSG_NEWRULE, a)
 }
 
-// send puts the batch into force by a socket of NETLINK_NETFILTER. After an error the socket is of no more use.
+// addForward appends a rule that forwards.
+func (b *batch) addForward(chain string, exprs attrs) {
+	b.addRule(chain, exprs, nil)
+	b.forwards = append(b.forwards, b.seq)
+}
+
+// send puts the batch into force by a socket of NETLINK_NETFILTER. What the kernel refuses is for a lack. After an error the socket is
+// of no more use.
 func (b *batch) send(fd int) error {
 	// The kernel answers this last message when all are in force, and before it those with an error, asked or not.
 	binary.NativeEndian.PutUint16(b.buf[b.last+flagsAt:], create|unix.NLM_F_ACK)
@@ -99,7 +112,11 @@ func (b *batch) send(fd int) error {
 			return fmt.Errorf("nftables answers with %d bytes of something else", n)
 		}
 		if code := int32(binary.NativeEndian.Uint32(answer[errnoAt:])); code != 0 {
-			return unix.Errno(-code)
+			l := &lack{needNftables, unix.Errno(-code)}
+			if slices.Contains(b.forwards, binary.NativeEndian.Uint32(answer[seqAt:])) {
+				l.of = needForward
+			}
+			return l
 		}
 		if binary.NativeEndian.Uint32(answer[seqAt:]) == asked {
 			return nil

@@ -16,7 +16,7 @@ func (a *attempt) openBridge(j *joint) error {
 	}
 	name := j.Join.Bridge
 	if err := a.o.lacks(needBridge); err != nil {
-		return &lack{needBridge, err}
+		return err
 	}
 	index, err := ioctlLink(name, unix.SIOCBRADDBR)
 	if err != nil {

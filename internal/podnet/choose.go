@@ -35,6 +35,9 @@ const (
 	needNftables = need(Nftables)
 	needEBPF     = need(EBPF)
 	needBridge   = need(Bridged)
+
+	// needForward is what nftables has to have beside what a bridge needs of it: fwd, and the hook at the egress (Linux 5.16).
+	needForward need = "nftables fwd and egress"
 )
 
 // lack is the error that a machine does not have what one way to join needs. Another may serve.
@@ -58,8 +61,11 @@ type choice struct {
 }
 
 func (c choice) needs() []need {
-	if c.datapath == Bridged {
+	switch {
+	case c.datapath == Bridged:
 		return []need{needBridge, need(c.engine)}
+	case c.datapath == Redirected && c.engine == Nftables:
+		return []need{needNftables, needForward}
 	}
 	return []need{need(c.engine)}
 }

@@ -252,22 +252,42 @@ func bytecode(pod *testnet.Namespace, chain string) []string {
 	return out
 }
 
-// A batch that the kernel refuses gives the reason, and leaves nothing.
+// A batch that the kernel refuses gives the reason, and what the kernel lacks by it, and leaves nothing.
 func TestRefusedBatch(t *testing.T) {
-	t.Parallel()
-	pod := testnet.New(t, "pod")
-	var fd int
-	pod.Must(func() (err error) { fd, err = openNetfilter(); return err })
-	defer unix.Close(fd)
-	b := newBatch()
-	b.addTable()
-	b.addRule("nowhere", verdict(drop, ""), nil)
-	b.addChain("never")
-	if err := b.send(fd); !errors.Is(err, unix.ENOENT) {
-		t.Errorf("a rule for a chain that is not there: %v", err)
-	}
-	if out := pod.MustRun("nft", "list", "ruleset"); out != "" {
-		t.Errorf("left: %s", out)
+	nowhere, unknown := verdict(drop, ""), expression("vltnone", nil) // which is as fwd is where there is none
+	noName := strings.Repeat("x", unix.IFNAMSIZ+1)
+	for name, c := range map[string]struct {
+		lay  func(*batch)
+		want need
+	}{
+		"a rule without a chain": {func(b *batch) { b.addRule("nowhere", nowhere, nil); b.addForward("nowhere", nowhere) }, needNftables},
+		"no fwd":                 {func(b *batch) { b.addRule("chain", verdict(drop, ""), nil); b.addForward("chain", unknown) }, needForward},
+		"no egress":              {func(b *batch) { b.addHook(hook{device: noName, egress: true}) }, needForward},
+		"no ingress":             {func(b *batch) { b.addHook(hook{device: noName}) }, needNftables},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			pod := testnet.New(t, "pod")
+			var fd int
+			pod.Must(func() (err error) { fd, err = openNetfilter(); return err })
+			defer unix.Close(fd)
+			b := newBatch()
+			b.addTable()
+			b.addChain("chain")
+			c.lay(b)
+			b.addChain("never")
+			err := b.send(fd)
+			var l *lack
+			if !errors.As(err, &l) || l.of != c.want {
+				t.Errorf("%v, want one for lack of %q", err, c.want)
+			}
+			if no := errors.Is(err, unix.ENOENT); strings.HasSuffix(name, "gress") == no {
+				t.Errorf("the reason is %v", err)
+			}
+			if out := pod.MustRun("nft", "list", "ruleset"); out != "" {
+				t.Errorf("left: %s", out)
+			}
+		})
 	}
 }
 

@@ -229,6 +229,10 @@ func TestFallbacks(t *testing.T) {
 	}{
 		"redirect":               {kind: "veth", wish: WishRedirect, datapath: Redirected, engine: EBPF},
 		"no eBPF":                {"veth", WishRedirect, []need{needEBPF}, Redirected, Nftables, []string{"no redirect by ebpf: ebpf is not here"}},
+		"no eBPF, no fwd":        {"veth", WishRedirect, []need{needEBPF, needForward}, Bridged, Nftables, []string{"no redirect by ebpf: ebpf is not here", "no redirect by nftables: add filters: " + string(needForward) + " is not here"}},
+		"nothing of all":         {"veth", WishRedirect, []need{needEBPF, needForward, needBridge}, "", "", []string{"ebpf is not here", string(needForward) + " is not here", "bridge is not here"}},
+		"no fwd":                 {kind: "veth", wish: WishRedirect, lacks: []need{needForward}, datapath: Redirected, engine: EBPF},
+		"no fwd, auto":           {kind: "veth", wish: WishAuto, lacks: []need{needForward}, datapath: Bridged, engine: Nftables},
 		"neither":                {"veth", WishRedirect, []need{needEBPF, needNftables}, "", "", []string{"ebpf is not here", "nftables is not here"}},
 		"no bridge":              {"veth", WishAuto, []need{needBridge}, Redirected, EBPF, []string{"no bridge by nftables: bridge is not here"}},
 		"no nftables":            {"veth", WishAuto, []need{needNftables}, Redirected, EBPF, []string{"no bridge by nftables: add filters: nftables is not here"}},
@@ -236,6 +240,7 @@ func TestFallbacks(t *testing.T) {
 		"no bridge, no eBPF":     {"veth", WishAuto, []need{needBridge, needEBPF}, Redirected, Nftables, []string{"no bridge", "no redirect by ebpf"}},
 		"macvlan":                {kind: "macvlan", wish: WishAuto, datapath: Redirected, engine: EBPF},
 		"macvlan, no eBPF":       {"macvlan", WishAuto, []need{needEBPF}, Redirected, Nftables, []string{"ebpf is not here"}},
+		"macvlan, no fwd":        {"macvlan", WishRedirect, []need{needEBPF, needForward}, "", "", []string{"ebpf is not here", string(needForward) + " is not here"}},
 		"macvlan, bridge wanted": {"macvlan", WishBridge, nil, "", "", []string{"a bridge cannot serve a macvlan"}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -276,8 +281,8 @@ func TestFallbacks(t *testing.T) {
 				t.Errorf("joined by %+v", j)
 			}
 			for _, s := range c.says {
-				if !strings.Contains(j.Lacks, s) {
-					t.Errorf("%q does not say %q", j.Lacks, s)
+				if strings.Count(j.Lacks, s) != 1 {
+					t.Errorf("%q does not say %q once", j.Lacks, s)
 				}
 			}
 			guest := testnet.NewGuest(t, ports[0].NIC, ports[0].Taps[0])

@@ -107,7 +107,7 @@ func (b *batch) addForwards(j *joint) {
 		if h.marks {
 			exprs = join(setMeta(unix.NFT_META_MARK, ourMark), exprs)
 		}
-		b.addRule(h.forward(), exprs, nil)
+		b.addForward(h.forward(), exprs)
 	}
 }
 

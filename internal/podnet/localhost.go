@@ -215,7 +215,7 @@ func (b *batch) addLocalRule(h hook, r localRule) {
 	}
 	chain := h.chain() + "-" + r.chain
 	b.addChain(chain)
-	b.addRule(chain, join(r.change, setMeta(unix.NFT_META_MARK, ourMark), forward(r.index)), nil)
+	b.addForward(chain, join(r.change, setMeta(unix.NFT_META_MARK, ourMark), forward(r.index)))
 	b.addRule(h.chain(), join(r.match.exprs(), verdict(follow, chain)), r.words(r.to))
 }
 
