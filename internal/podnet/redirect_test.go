@@ -454,6 +454,14 @@ func TestTapOfAnother(t *testing.T) {
 			},
 			want: "open TAP eth0: queue 0: device or resource busy: another program",
 		},
+		"moved by tc": {
+			then: func(_ *testing.T, pod *testnet.Namespace) {
+				pod.MustRun("tc", "qdisc", "add", "dev", "eth0", "ingress")
+				pod.MustRun("tc", "filter", "add", "dev", "eth0", "parent", "ffff:", "protocol", "all", "u32", "match", "u8", "0", "0",
+					"action", "mirred", "egress", "redirect", "dev", "lo")
+			},
+			want: "TAP eth0 has a filter of tc at its ingress",
+		},
 		"gone": {
 			then: func(_ *testing.T, pod *testnet.Namespace) { pod.MustRun("ip", "link", "del", "eth0") },
 			want: "set TAP eth0 down",

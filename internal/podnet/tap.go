@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/mdlayher/packet"
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
@@ -30,6 +31,13 @@ func (a *attempt) openTheirs(j *joint) (err error) {
 	name, queues := j.link.Name, a.o.Queues
 	if !j.link.MultiQueue {
 		queues = 1
+	}
+	_, moved, err := a.filters(device(j.link.Index, name), netlink.HANDLE_MIN_INGRESS)
+	if err != nil {
+		return fmt.Errorf("look for filters of TAP %s: %w", name, err)
+	}
+	if moved > 0 {
+		return fmt.Errorf("TAP %s has a filter of tc at its ingress, which sees the guest's frames before the rules that hold it to its addresses and may move them past these (as those of tc-redirect-tap do): leave that plugin out, as virtlet joins the guest to the link itself, or remove the filter", name)
 	}
 	if err := a.h.LinkSetDown(device(j.link.Index, name)); err != nil {
 		return fmt.Errorf("set TAP %s down: %w", name, err)
