@@ -8,6 +8,7 @@ import (
 
 	"github.com/virtlet/virtlet/internal/dhcp"
 	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
 
@@ -15,20 +16,19 @@ import (
 // neighbour entry that never ages says which MAC the pod has.
 func TestCalico(t *testing.T) {
 	for file, families := range map[string]string{"calico-0.3.1": "v4", "calico-dual": "dual"} {
-		t.Run(families, func(t *testing.T) {
-			t.Parallel()
+		test := func(t *testing.T, d podnet.Datapath) {
 			rec := record(t, file)
-			r := tested(t, "calico", replayed, families)
+			r := tested(t, "calico", replayed, families, d)
 			mtu := rec.Snapshot.Links[0].MTU
 			n, world := newReplayNode(t)
 			net := n.network(t, rec.list(0, portmap))
-			v := n.start(t, request{networks: ns(net), caps: ports})
+			v := n.start(t, d, request{networks: ns(net), caps: ports})
 			leased(t, v.nics[0], families)
 			pod := n.addPod(t, request{networks: ns(net)})
-			vm := n.start(t, request{networks: ns(net)})
+			vm := n.start(t, d, request{networks: ns(net)})
 			n2, _ := newReplayNode(t)
 			net2 := n2.network(t, rec.list(64, portmap))
-			far, farVM := n2.addPod(t, request{networks: ns(net2)}), n2.start(t, request{networks: ns(net2)})
+			far, farVM := n2.addPod(t, request{networks: ns(net2)}), n2.start(t, d, request{networks: ns(net2)})
 			for _, f := range each(families) {
 				own := v.addr(t, 0, f)
 				r.talk(t, v.guest, own, pod.Namespace, pod.addr(t, "eth0", f), mtu, "")
@@ -39,7 +39,8 @@ func TestCalico(t *testing.T) {
 				testnet.TransferBy(t, world, v.guest, netip.AddrPortFrom(own, 80), netip.AddrPortFrom(uplink[f], 8080), 300_000)
 				r.mark(t, hostPort)
 			}
-		})
+		}
+		t.Run(families, func(t *testing.T) { eachDatapath(t, test) })
 	}
 }
 

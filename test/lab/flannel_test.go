@@ -10,12 +10,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
 
@@ -226,10 +228,14 @@ func TestFlannel(t *testing.T) {
 		for _, families := range []string{"v4", "dual"} {
 			t.Run(backend+"/"+families, func(t *testing.T) {
 				t.Parallel()
-				r := tested(t, "flannel, portmap ("+backend+")", real, families)
 				f := newFlannel(t, backend, families)
 				for _, version := range []string{"0.3.1", "0.4.0"} { // the plugin's newest
-					t.Run(version, func(t *testing.T) { f.test(t, r, version, families) })
+					for _, d := range datapaths {
+						t.Run(version+"/"+string(d), func(t *testing.T) {
+							r := tested(t, "flannel, portmap ("+backend+")", real, families, d)
+							f.test(t, r, trial{version, families, d})
+						})
+					}
 				}
 			})
 		}
@@ -237,18 +243,19 @@ func TestFlannel(t *testing.T) {
 }
 
 // test tries VMs on both nodes, a pod beside one, and the nodes themselves.
-func (f *flannel) test(t *testing.T, r *row, version, families string) {
+func (f *flannel) test(t *testing.T, r *row, as trial) {
 	home, away := f.nodes[0], f.nodes[1]
-	published := home.flannelConf(t, version)
+	published := home.flannelConf(t, as.version)
 	pod := home.addPod(t, published)
 	published.caps = map[string]any{
 		"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}},
 	}
-	a, b := home.start(t, published), away.start(t, away.flannelConf(t, version))
+	a, b := home.start(t, as.datapath, published), away.start(t, as.datapath, away.flannelConf(t, as.version))
+	a.passesCheck(t)
 	if got := a.nics[0].MTU; got != f.pod {
 		t.Errorf("the guest has MTU %d, not flannel's %d", got, f.pod)
 	}
-	for _, family := range each(families) {
+	for _, family := range each(as.families) {
 		own := a.addr(t, 0, family)
 		r.talk(t, a.guest, own, b.guest, b.addr(t, 0, family), f.way[family], crossNode)
 		r.talk(t, a.guest, own, pod.Namespace, pod.addr(t, "eth0", family), f.pod, "")
@@ -264,25 +271,36 @@ func (f *flannel) test(t *testing.T, r *row, version, families string) {
 
 // flanneld sets up ways and then is not in them: VMs do not need it to talk, nor to end, nor to start, and it comes back.
 func TestFlannelWithoutItsDaemon(t *testing.T) {
-	r := tested(t, "flannel, portmap (vxlan)", real, "v4")
 	f := newFlannel(t, "vxlan", "v4")
-	a, b := f.nodes[0].start(t, f.nodes[0].flannelConf(t, "0.4.0")), f.nodes[1].start(t, f.nodes[1].flannelConf(t, "0.4.0"))
-	talk := func(a, b *vm) {
+	start := func(node int) (vms []*vm) { // one for each datapath
 		t.Helper()
-		r.talk(t, a.guest, a.addr(t, 0, 4), b.guest, b.addr(t, 0, 4), f.way[4], "")
+		for _, d := range datapaths {
+			vms = append(vms, f.nodes[node].start(t, d, f.nodes[node].flannelConf(t, "0.4.0")))
+		}
+		return vms
 	}
-	talk(a, b)
+	home, away := start(0), start(1)
+	talk := func() {
+		t.Helper()
+		for i, d := range datapaths {
+			r, a, b := tested(t, "flannel, portmap (vxlan)", real, "v4", d), home[i], away[i]
+			r.talk(t, a.guest, a.addr(t, 0, 4), b.guest, b.addr(t, 0, 4), f.way[4], "")
+		}
+	}
+	talk()
 	for _, d := range f.daemons {
 		d.kill()
 	}
-	talk(a, b)
-	a.stop(t)
-	a.delete(t)
+	talk()
+	for _, v := range home {
+		v.stop(t)
+		v.delete(t)
+	}
 	f.nodes[0].nothingLeft(t)
-	a = f.nodes[0].start(t, f.nodes[0].flannelConf(t, "0.4.0"))
-	talk(a, b)
+	home = start(0)
+	talk()
 	f.start(t)
-	talk(a, b)
+	talk()
 }
 
 // flannelDocs has the configuration that users are told to write.
@@ -310,16 +328,16 @@ func documentedConf(t *testing.T) string {
 // sha256 matches what sha256sum prints.
 var sha256 = regexp.MustCompile(`[0-9a-f]{64}`)
 
-// Real guests of the real command on both nodes, on the documented configuration.
+// Real guests of the real command on both nodes, on the documented configuration: one is joined by redirect, one by a bridge,
+// and each does all that there is to do with the other.
 func TestFlannelGuests(t *testing.T) {
-	r := tested(t, "flannel, portmap (vxlan)", real, "v4")
 	f := newFlannel(t, "vxlan", "v4")
 	var machines [2]*machine
 	var addrs [2]netip.Addr
 	for i, n := range f.nodes {
 		m := n.machine(t, documentedConf(t), map[string]string{"/run/flannel": filepath.Dir(n.subnetFile())})
 		name := []string{"home", "away"}[i]
-		m.run(t, name, "--network", "cbr0", "-p", "8080:80", "--hostname", name)
+		m.run(t, name, []podnet.Datapath{podnet.Redirected, podnet.Bridged}[i], "--network", "cbr0", "-p", "8080:80", "--hostname", name)
 		report := m.report(t, name).NICs[0]
 		subnet := netip.MustParsePrefix(n.subnetEnv("FLANNEL_SUBNET")).Masked()
 		if len(report.Addrs) == 0 || !subnet.Contains(report.Addrs[0].Addr()) || report.MTU != f.pod {
@@ -327,45 +345,84 @@ func TestFlannelGuests(t *testing.T) {
 		}
 		machines[i], addrs[i] = m, report.Addrs[0].Addr()
 	}
-	home, away := machines[0], machines[1]
-	whole := fmt.Sprintf("ping -c 3 -W 10 -s %d ", f.way[4]-headers(addrs[0]))
-	pings := func() {
-		t.Helper()
-		there, back := home.type_(t, "home", whole+addrs[1].String()), away.type_(t, "away", whole+addrs[0].String())
-		for _, out := range []string{there, back} {
-			if !strings.Contains(out, " 0% packet loss") {
-				t.Errorf("a ping of the whole MTU does not reach the other node's guest: %s", out)
-			}
+	guests := [2]flannelGuest{{machines[0], "home", addrs[0], addrs[1]}, {machines[1], "away", addrs[1], addrs[0]}}
+	for i, g := range guests {
+		g.wholeMTU(t, f.way[4])
+		g.fetches(t, guests[1-i])
+		published := netip.AddrPortFrom(underlay[i][4], 8080).String()
+		if page := f.nodes[1-i].MustRun("curl", "-sSf", "--max-time", "30", "http://"+published+"/"); page != g.name {
+			t.Errorf("at the published port of %s is %q", g.name, page)
 		}
 	}
-	pings()
-	// Linux sends pings with DF, so that is what the guest saw: not one fragment made or put together.
-	const fragments = `awk '/^Ip: [^0-9]*$/ { split($0, name) } /^Ip: [0-9]/ { for (i in name) if (name[i] ~ /^(FragCreates|ReasmReqds)$/) sum += $i } END { print "frag" "ments", sum }' /proc/net/snmp`
-	if out := home.type_(t, "home", fragments); !strings.Contains(out, "fragments 0") {
-		t.Errorf("the guest made or got fragments: %s", out)
-	}
-	home.type_(t, "home", fmt.Sprintf("ping -c 1 -W 10 -s %d %s", f.way[4]-headers(addrs[1])+1, addrs[1]))
-	if out := home.type_(t, "home", fragments); strings.Contains(out, "fragments 0") {
-		t.Errorf("the MTU is more than %d: %s", f.way[4], out)
-	}
-	sent := away.type_(t, "away", "until [ -e /run/www/big ]; do sleep 1; done; sha256sum </run/www/big")
-	got := home.type_(t, "home", "wget -q -O - http://"+addrs[1].String()+"/big | sha256sum")
-	if digest := sha256.FindString(sent); digest == "" || digest != sha256.FindString(got) {
-		t.Errorf("10 MiB by HTTP: sent\n%s\ngot\n%s", sent, got)
-	}
-	published := netip.AddrPortFrom(underlay[0][4], 8080).String()
-	if page := f.nodes[1].MustRun("curl", "-sSf", "--max-time", "30", "http://"+published+"/"); page != "home" {
-		t.Errorf("at the published port is %q", page)
-	}
-	for _, c := range []string{ping, tcp, hostPort, crossNode} {
-		r.mark(t, c)
+	for _, d := range datapaths {
+		for _, c := range []string{ping, tcp, hostPort, crossNode} {
+			tested(t, "flannel, portmap (vxlan)", real, "v4", d).mark(t, c)
+		}
 	}
 	for _, d := range f.daemons {
 		d.kill()
 	}
-	pings()
-	home.virtlet(t, "rm", "-f", "home")
-	away.virtlet(t, "rm", "-f", "away")
+	for _, g := range guests {
+		g.pings(t, f.way[4])
+	}
+	for _, g := range guests {
+		g.virtlet(t, "rm", "-f", g.name)
+	}
+}
+
+// flannelGuest is a guest on one of two nodes.
+type flannelGuest struct {
+	*machine
+	name     string
+	own, far netip.Addr // its address, and that of the other node's guest
+}
+
+// pings sends the other guest what fills a way of that MTU.
+func (g flannelGuest) pings(t *testing.T, mtu int) {
+	t.Helper()
+	if out := g.type_(t, g.name, fmt.Sprintf("ping -c 3 -W 10 -s %d %s", mtu-headers(g.far), g.far)); !strings.Contains(out, " 0% packet loss") {
+		t.Errorf("a ping of the whole MTU does not reach the other node's guest: %s", out)
+	}
+}
+
+// wholeMTU checks that a way is of that MTU: what fills it passes whole, and one byte more does not. Linux sends pings with DF
+// where they fit, and cuts them where its own link is too short.
+func (g flannelGuest) wholeMTU(t *testing.T, mtu int) {
+	t.Helper()
+	before := g.fragments(t)
+	g.pings(t, mtu)
+	if now := g.fragments(t); now != before {
+		t.Errorf("%s made or got %d fragments of pings of %d bytes", g.name, now-before, mtu)
+	}
+	g.type_(t, g.name, fmt.Sprintf("ping -c 1 -W 10 -s %d %s", mtu-headers(g.far)+1, g.far))
+	if g.fragments(t) == before {
+		t.Errorf("the MTU of %s is more than %d", g.name, mtu)
+	}
+}
+
+// fragments counts those that a guest has made or got.
+func (g flannelGuest) fragments(t *testing.T) int {
+	t.Helper()
+	const count = `awk '/^Ip: [^0-9]*$/ { split($0, name) } /^Ip: [0-9]/ { for (i in name) if (name[i] ~ /^(FragCreates|ReasmReqds)$/) sum += $i } END { print "frag" "ments", sum }' /proc/net/snmp`
+	out := g.type_(t, g.name, count)
+	_, number, _ := strings.Cut(out, "fragments ")
+	n, err := strconv.Atoi(digits.FindString(number))
+	if err != nil {
+		t.Fatalf("%s does not count its fragments: %s", g.name, out)
+	}
+	return n
+}
+
+var digits = regexp.MustCompile(`^[0-9]+`)
+
+// fetches gets 10 MiB from the other guest.
+func (g flannelGuest) fetches(t *testing.T, from flannelGuest) {
+	t.Helper()
+	sent := from.type_(t, from.name, "until [ -e /run/www/big ]; do sleep 1; done; sha256sum </run/www/big")
+	got := g.type_(t, g.name, "wget -q -O - http://"+from.own.String()+"/big | sha256sum")
+	if digest := sha256.FindString(sent); digest == "" || digest != sha256.FindString(got) {
+		t.Errorf("10 MiB by HTTP: sent\n%s\ngot\n%s", sent, got)
+	}
 }
 
 // Without flanneld there is no subnet file, and a VM does not start, which it says.

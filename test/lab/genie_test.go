@@ -28,14 +28,13 @@ func TestGenie(t *testing.T) {
 		"genie-calico-flannel-two-defaults": {"calico, flannel as gateway", []int{1500, 1450}, []bool{true, true}},
 		"genie-flannel-calico":              {"flannel, calico", []int{1450, 1500}, []bool{false, true}},
 	} {
-		t.Run(strings.TrimPrefix(file, "genie-"), func(t *testing.T) {
-			t.Parallel()
+		test := func(t *testing.T, d podnet.Datapath) {
 			rec := record(t, file)
-			r := tested(t, "genie ("+want.order+")", replayed, "v4")
+			r := tested(t, "genie ("+want.order+")", replayed, "v4", d)
 			n, world := newReplayNode(t)
 			net := n.network(t, rec.list(0))
-			v := n.addPod(t, rec.request(net)).boot(t)
-			pod, vm := n.addPod(t, rec.request(net)), n.addPod(t, rec.request(net)).boot(t)
+			v := n.start(t, d, rec.request(net))
+			pod, vm := n.addPod(t, rec.request(net)), n.start(t, d, rec.request(net))
 			for i := range v.nics {
 				if has := v.nics[i].Gateway(4).IsValid(); has != want.defaults[i] {
 					t.Errorf("eth%d: a default route: %t, in the namespace: %t", i, has, want.defaults[i])
@@ -49,7 +48,8 @@ func TestGenie(t *testing.T) {
 			}
 			sameDefaults(t, v)
 			byTheOtherNIC(t, v, world)
-		})
+		}
+		t.Run(strings.TrimPrefix(file, "genie-"), func(t *testing.T) { eachDatapath(t, test) })
 	}
 }
 
@@ -66,7 +66,7 @@ func byTheOtherNIC(t *testing.T, v *vm, world *testnet.Namespace) {
 			}
 			continue
 		}
-		if world.Ping(v.addr(t, i, 4), "-w", "2") {
+		if world.Ping(v.addr(t, i, 4), "-w", "1") {
 			t.Errorf("%s is reached from afar: the documentation says otherwise", v.nics[i].Name)
 		}
 		rules, err := podnet.Rules(v.NS, v.record.Joins)
@@ -124,6 +124,10 @@ func TestGenieLeaves(t *testing.T) {
 
 // The configuration in the documentation, as it is written there.
 func TestGenieAsDocumented(t *testing.T) {
+	eachDatapath(t, testGenieAsDocumented)
+}
+
+func testGenieAsDocumented(t *testing.T, d podnet.Datapath) {
 	conf := t.TempDir()
 	files := map[string]string{}
 	for _, name := range []string{"00-genie.conf", "10-calico.conf", "20-flannel.conf"} {
@@ -160,7 +164,7 @@ func TestGenieAsDocumented(t *testing.T) {
 	n.MustRun("ip", "route", "add", "default", "via", uplink[4].Next().String(), "dev", "up0")
 	req := rec.request(nets[0])
 	req.args = [][2]string{{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", "default"}, {"K8S_POD_NAME", "vm"}}
-	v := n.addPod(t, req).boot(t)
+	v := n.start(t, d, req)
 	if len(v.nics) != 2 || v.nics[0].Gateway(4) != netip.MustParseAddr("169.254.1.1") || v.nics[1].Gateway(4).IsValid() {
 		t.Errorf("NICs %+v, want Calico's with a gateway, Flannel's without", v.nics)
 	}

@@ -144,6 +144,42 @@ func (p *pod) delete(t *testing.T) {
 	}
 }
 
+// datapaths are those that join a pod's veth to a guest, and wishes what has to be asked for to have them: other links than
+// veths are in the same pods at times, and know one of them.
+var (
+	datapaths = []podnet.Datapath{podnet.Bridged, podnet.Redirected}
+	wishes    = map[podnet.Datapath]podnet.Wish{podnet.Bridged: podnet.WishAuto, podnet.Redirected: podnet.WishRedirect}
+)
+
+// eachDatapath runs a test of pods with a veth for each of them, beside other tests.
+func eachDatapath(t *testing.T, test func(t *testing.T, d podnet.Datapath)) {
+	t.Helper()
+	for _, d := range datapaths {
+		t.Run(string(d), func(t *testing.T) {
+			t.Parallel()
+			test(t, d)
+		})
+	}
+}
+
+// joined checks that a VM's links are joined as was asked for, and by no fallback: veths by d, others as nothing else can.
+func joined(t *testing.T, d podnet.Datapath, links nic.Snapshot, joins []podnet.Join) {
+	t.Helper()
+	engines := map[podnet.Datapath]podnet.Engine{podnet.Bridged: podnet.Nftables, podnet.Redirected: podnet.EBPF}
+	for _, j := range joins {
+		want := d
+		if kind := links.Link(j.Link).Kind; kind != "veth" {
+			want = podnet.Redirected
+		}
+		if j.Datapath != want || j.Engine != engines[want] || j.Lacks != "" {
+			t.Fatalf("%s is joined by %s of %s, not by %s of %s: %s", j.Link, j.Datapath, j.Engine, want, engines[want], j.Lacks)
+		}
+	}
+	if len(joins) == 0 {
+		t.Fatal("no link is joined")
+	}
+}
+
 // vm is a pod that virtlet has taken over, and its guest.
 type vm struct {
 	*pod
@@ -156,13 +192,14 @@ type vm struct {
 }
 
 // start makes a VM: a pod that is taken over.
-func (n *node) start(t *testing.T, r request) *vm {
+func (n *node) start(t *testing.T, d podnet.Datapath, r request) *vm {
 	t.Helper()
-	return n.addPod(t, r).boot(t)
+	return n.addPod(t, r).boot(t, d)
 }
 
-// boot takes a pod over and gives it a guest, which has the addresses and routes of the plan. It goes with the test.
-func (p *pod) boot(t *testing.T) *vm {
+// boot takes a pod over, its veths by datapath d, and gives it a guest, which has the addresses and routes of the plan. It
+// goes with the test.
+func (p *pod) boot(t *testing.T, d podnet.Datapath) *vm {
 	t.Helper()
 	v := &vm{pod: p}
 	var err error
@@ -172,15 +209,13 @@ func (p *pod) boot(t *testing.T) *vm {
 	if v.nics, v.notes, err = nic.Plan(p.results, v.before); err != nil {
 		t.Fatal(err)
 	}
-	wish := podnet.WishAuto
-	if strings.HasSuffix(t.Name(), "/redirect") {
-		wish = podnet.WishRedirect
-	}
-	v.ports, err = podnet.Attach(t.Context(), p.NS, v.before, v.nics, podnet.Options{Datapath: wish}, func(r podnet.Record) error { v.record = r; return nil })
+	o := podnet.Options{Datapath: wishes[d]}
+	v.ports, err = podnet.Attach(t.Context(), p.NS, v.before, v.nics, o, func(r podnet.Record) error { v.record = r; return nil })
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { v.stop(t) })
+	joined(t, d, v.before, v.record.Joins)
 	for i, n := range v.nics {
 		if i == 0 {
 			v.guest = testnet.NewGuest(t, n, v.ports[i].Taps[0])
@@ -191,6 +226,18 @@ func (p *pod) boot(t *testing.T) *vm {
 		v.guest.Configure(n)
 	}
 	return v
+}
+
+// passesCheck asks the plugins of the first network whether all is as ADD has left it, of a link that keeps MAC and addresses while
+// the guest has them.
+func (v *vm) passesCheck(t *testing.T) {
+	t.Helper()
+	if v.request.networks[0].Version < "0.4.0" || v.record.Joins[0].Datapath != podnet.Redirected {
+		return // no CHECK before; and what a bridge has taken away is missed
+	}
+	if err := v.node.Do(func() error { return v.node.cni.Check(t.Context(), v.attachments[0]) }); err != nil {
+		t.Errorf("CHECK while the guest runs: %v", err)
+	}
 }
 
 // stop ends the guest and gives the namespace back to its plugins, once.

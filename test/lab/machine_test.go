@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bufio"
+	"encoding/json"
 	"fmt"
 	"io/fs"
 	"os"
@@ -15,6 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/testnet"
 	"github.com/virtlet/virtlet/test/guest"
 )
@@ -135,16 +138,28 @@ func (m *machine) start(name string, args ...string) *exec.Cmd {
 	return m.command(append(append([]string{"run", "-d", "--name", name}, m.flags...), args...)...)
 }
 
-// run starts the test guest.
-func (m *machine) run(t *testing.T, name string, flags ...string) {
+// run starts the test guest on networks whose veths are to be joined by datapath d, and checks that they are.
+func (m *machine) run(t *testing.T, name string, d podnet.Datapath, flags ...string) {
 	t.Helper()
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
 		t.Skip("needs QEMU: ", err)
 	}
 	kernel, initrd, cmdline := guest.Artifacts(t)
-	boot := []string{"--memory", "192M", "--kernel", kernel, "--initrd", initrd, "--append", cmdline}
+	boot := []string{"--memory", "192M", "--kernel", kernel, "--initrd", initrd, "--append", cmdline, "--datapath", string(wishes[d])}
 	if out, err := m.start(name, append(boot, flags...)...).CombinedOutput(); err != nil {
 		t.Fatalf("start %s: %v\n%s", name, err, out)
+	}
+	var st struct{ Ports []podnet.Join }
+	var had nic.Recording
+	for flag, into := range map[string]any{"--json": &st, "--snapshot": &had} {
+		if err := json.Unmarshal([]byte(m.virtlet(t, "inspect", flag, name)), into); err != nil {
+			t.Fatal(err)
+		}
+	}
+	joined(t, d, had.Snapshot, st.Ports)
+	words := map[podnet.Datapath]string{podnet.Bridged: "bridge vltbr0 (the default of a veth)", podnet.Redirected: "redirect to and from eth0 by ebpf (asked for)"}
+	if out := m.virtlet(t, "inspect", name); !strings.Contains(out, words[d]) {
+		t.Fatalf("inspect does not say %q:\n%s", words[d], out)
 	}
 }
 

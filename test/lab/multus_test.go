@@ -22,24 +22,18 @@ import (
 // The configuration is that of docs/multiple-networks.md: the default network, a macvlan, and another bridge whose interface
 // in the pod has a name of the pod's choice.
 func TestMultus(t *testing.T) {
-	for _, version := range versions {
-		for _, families := range []string{"v4", "dual"} {
-			t.Run(version+"/"+families, func(t *testing.T) {
-				t.Parallel()
-				testMultus(t, version, families)
-			})
-		}
-	}
+	eachTrial(t, []string{"v4", "dual"}, datapaths, testMultus)
 }
 
-func testMultus(t *testing.T, version, families string) {
-	r := tested(t, "Multus: bridge, macvlan, bridge", real, families)
-	m := newMultus(t, version, families)
+func testMultus(t *testing.T, as trial) {
+	r := tested(t, "Multus: bridge, macvlan, bridge", real, as.families, as.datapath)
+	m := newMultus(t, as.version, as.families)
 	lan, world := m.lan(t), m.world(t)
-	v := m.addPod(t, m.request("vm", m.annotations, port80)).boot(t)
+	v := m.start(t, as.datapath, m.request("vm", m.annotations, port80))
 	other := m.addPod(t, m.request("other", m.annotations, nil))
-	m.check(t, v, families)
-	for _, f := range each(families) {
+	m.check(t, v, as.families)
+	v.passesCheck(t)
+	for _, f := range each(as.families) {
 		r.talk(t, v.guest, v.addr(t, 0, f), other.Namespace, other.addr(t, "eth0", f), 1500, "")
 		r.talk(t, v.guest, v.addr(t, 1, f), lan, lanAddr[f], 1500, secondNIC)
 		r.talk(t, v.guest, v.addr(t, 2, f), other.Namespace, other.addr(t, "data0", f), 1400, secondNIC)
@@ -64,10 +58,14 @@ func testMultus(t *testing.T, version, families string) {
 // the route of the default network, puts another into the other's result, and v4.2.3 leaves that of the namespace
 // alone (multus-cni#1552). The guest has the namespace's.
 func TestMultusDefaultRoute(t *testing.T) {
+	eachDatapath(t, testMultusDefaultRoute)
+}
+
+func testMultusDefaultRoute(t *testing.T, d podnet.Datapath) {
 	m := newMultus(t, "1.0.0", "v4")
 	m.lan(t)
 	annotations := map[string]string{networksAnnotation: `[{"name":"lan"},{"name":"data","interface":"data0","default-route":["10.88.0.1"]}]`}
-	v := m.addPod(t, m.request("vm", annotations, nil)).boot(t)
+	v := m.start(t, d, m.request("vm", annotations, nil))
 	var want []string
 	for _, l := range v.before.Links {
 		for _, r := range l.Routes {
@@ -90,12 +88,16 @@ func TestMultusDefaultRoute(t *testing.T) {
 
 // An interface that is moved into the pod brings its index from the node: only Multus knows that it was there first.
 func TestMultusOrder(t *testing.T) {
+	eachDatapath(t, testMultusOrder)
+}
+
+func testMultusOrder(t *testing.T, d podnet.Datapath) {
 	m := newMultus(t, "1.0.0", "v4")
 	m.cluster.networks["moved"] = `{"cniVersion":"1.0.0","name":"moved","type":"host-device","device":"moved0"}`
 	m.MustRun("ip", "link", "add", "moved0", "index", "100", "type", "veth", "peer", "name", "moved1")
 	m.MustRun("ip", "link", "set", "moved0", "up")
 	annotations := map[string]string{networksAnnotation: "moved,data@data0"}
-	v := m.addPod(t, m.request("vm", annotations, nil)).boot(t)
+	v := m.start(t, d, m.request("vm", annotations, nil))
 	if got := names(v.nics); got != "eth0 net1 data0" {
 		t.Errorf("the guest has %s", got)
 	}
@@ -108,14 +110,18 @@ func TestMultusOrder(t *testing.T) {
 
 // A real guest of the real command has three NICs on one network, by the configuration for machines without a cluster.
 func TestMultusGuest(t *testing.T) {
-	r := tested(t, "Multus: bridge, macvlan, bridge", real, "v4")
+	eachDatapath(t, testMultusGuest)
+}
+
+func testMultusGuest(t *testing.T, d podnet.Datapath) {
+	r := tested(t, "Multus: bridge, macvlan, bridge", real, "v4", d)
 	n := newNode(t, "node", testnet.Tools(t, "test/lab/multus"))
 	lan, conf := n.lan(t), t.TempDir()
 	if err := os.WriteFile(filepath.Join(conf, "10-multus.conf"), []byte(sample(t, "10-multus.conf")), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	m := n.machine(t, conf, nil)
-	m.run(t, "three", "--network", "three")
+	m.run(t, "three", d, "--network", "three")
 	nics := m.report(t, "three").NICs
 	var st struct{ NICs []nic.NIC }
 	if err := json.Unmarshal([]byte(m.virtlet(t, "inspect", "--json", "three")), &st); err != nil {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/virtlet/virtlet/internal/nic"
+	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
 
@@ -45,49 +46,56 @@ func list(version, name string, plugins ...map[string]any) string {
 	return string(b)
 }
 
-// eachVersion runs a test for every CNI version and the families of a network.
-func eachVersion(t *testing.T, test func(t *testing.T, version, families string)) {
+// trial is what a test is run with.
+type trial struct {
+	version, families string
+	datapath          podnet.Datapath // of veths
+}
+
+// eachTrial runs a test for every CNI version, the families of a network and some datapaths, beside other tests.
+func eachTrial(t *testing.T, families []string, datapaths []podnet.Datapath, test func(t *testing.T, as trial)) {
 	for _, v := range versions {
-		for _, f := range []string{"v4", "v6", "dual"} {
-			t.Run(v+"/"+f, func(t *testing.T) {
-				t.Parallel()
-				test(t, v, f)
-			})
+		for _, f := range families {
+			for _, d := range datapaths {
+				t.Run(v+"/"+f+"/"+string(d), func(t *testing.T) {
+					t.Parallel()
+					test(t, trial{v, f, d})
+				})
+			}
 		}
-		t.Run(v+"/dual/redirect", func(t *testing.T) { // the other datapath of a veth
-			t.Parallel()
-			test(t, v, "dual")
-		})
 	}
 }
 
+var allFamilies = []string{"v4", "v6", "dual"}
+
 // The whole chain: the bridge reflects frames, tuning changes MAC and MTU after the bridge plugin has set them.
 func TestBridge(t *testing.T) {
-	eachVersion(t, func(t *testing.T, version, families string) {
-		r := tested(t, "bridge, portmap, bandwidth, tuning, firewall", real, families)
+	eachTrial(t, allFamilies, datapaths, func(t *testing.T, as trial) {
+		r := tested(t, "bridge, portmap, bandwidth, tuning, firewall", real, as.families, as.datapath)
 		n := newNode(t, "node")
 		const mtu = 1400
 		chain := []map[string]any{
-			{"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true, "ipMasq": true, "ipam": hostLocal(families)},
+			{"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true, "ipMasq": true, "ipam": hostLocal(as.families)},
 			{"type": "portmap", "capabilities": map[string]bool{"portMappings": true}, "snat": true},
 			{"type": "bandwidth", "capabilities": map[string]bool{"bandwidth": true}},
 			{"type": "tuning", "mac": "02:00:00:00:00:42", "mtu": mtu},
 		}
-		if version >= "0.4.0" { // that plugin's first
+		if as.version >= "0.4.0" { // that plugin's first
 			chain = append(chain, map[string]any{"type": "firewall"})
 		}
-		conf := list(version, "lab", chain...)
+		conf := list(as.version, "lab", chain...)
 		net := n.network(t, conf)
-		v := n.start(t, request{networks: ns(net), caps: map[string]any{
+		v := n.start(t, as.datapath, request{networks: ns(net), caps: map[string]any{
 			"portMappings": port80,
 			"bandwidth":    map[string]any{"ingressRate": 400e6, "ingressBurst": 8e6, "egressRate": 400e6, "egressBurst": 8e6},
 		}})
 		if got := v.nics[0]; got.MTU != mtu || got.MAC.String() != "02:00:00:00:00:42" {
 			t.Errorf("the guest has MAC %s and MTU %d, not what tuning set", got.MAC, got.MTU)
 		}
+		v.passesCheck(t)
 		other := n.addPod(t, request{networks: ns(n.network(t, strings.Replace(conf, `"mac":"02:00:00:00:00:42",`, "", 1)))})
 		world := n.world(t)
-		for _, f := range each(families) {
+		for _, f := range each(as.families) {
 			r.talk(t, v.guest, v.addr(t, 0, f), other.Namespace, other.addr(t, "eth0", f), mtu, "")
 			r.published(t, v, world, f)
 		}
@@ -96,18 +104,19 @@ func TestBridge(t *testing.T) {
 
 // A pod of its own link to the node: what is on its subnet is reached by the gateway, which is on the link.
 func TestPtp(t *testing.T) {
-	eachVersion(t, func(t *testing.T, version, families string) {
-		r := tested(t, "ptp, portmap", real, families)
+	eachTrial(t, allFamilies, datapaths, func(t *testing.T, as trial) {
+		r := tested(t, "ptp, portmap", real, as.families, as.datapath)
 		n := newNode(t, "node")
 		const mtu = 1450
-		net := n.network(t, list(version, "lab",
-			map[string]any{"type": "ptp", "mtu": mtu, "ipam": hostLocal(families)},
+		net := n.network(t, list(as.version, "lab",
+			map[string]any{"type": "ptp", "mtu": mtu, "ipam": hostLocal(as.families)},
 			map[string]any{"type": "portmap", "capabilities": map[string]bool{"portMappings": true}, "snat": true},
 		))
-		v := n.start(t, request{networks: ns(net), caps: map[string]any{"portMappings": port80}})
+		v := n.start(t, as.datapath, request{networks: ns(net), caps: map[string]any{"portMappings": port80}})
+		v.passesCheck(t)
 		other := n.addPod(t, request{networks: ns(net)})
 		world := n.world(t)
-		for _, f := range each(families) {
+		for _, f := range each(as.families) {
 			r.talk(t, v.guest, v.addr(t, 0, f), other.Namespace, other.addr(t, "eth0", f), mtu, "")
 			r.published(t, v, world, f)
 		}
@@ -116,17 +125,17 @@ func TestPtp(t *testing.T) {
 
 // A macvlan has the node's uplink under it: two of them talk by the kernel, and each with what is behind the uplink.
 func TestMacvlan(t *testing.T) {
-	eachVersion(t, func(t *testing.T, version, families string) {
-		r := tested(t, "macvlan", real, families)
+	eachTrial(t, allFamilies, []podnet.Datapath{podnet.Redirected}, func(t *testing.T, as trial) {
+		r := tested(t, "macvlan", real, as.families, as.datapath)
 		n := newNode(t, "node")
 		world := n.world(t)
 		const mtu = 1450
-		net := n.network(t, list(version, "lab", map[string]any{
-			"type": "macvlan", "master": "up0", "mode": "bridge", "mtu": mtu, "ipam": hostLocal(families),
+		net := n.network(t, list(as.version, "lab", map[string]any{
+			"type": "macvlan", "master": "up0", "mode": "bridge", "mtu": mtu, "ipam": hostLocal(as.families),
 		}))
-		v, other := n.start(t, request{networks: ns(net)}), n.addPod(t, request{networks: ns(net)})
+		v, other := n.start(t, as.datapath, request{networks: ns(net)}), n.addPod(t, request{networks: ns(net)})
 		outside := map[int]string{4: "198.51.100.200/24", 6: "2001:db8:100::200/64"}
-		for _, f := range each(families) {
+		for _, f := range each(as.families) {
 			world.MustRun("ip", "addr", "add", outside[f], "dev", "eth0")
 			to := netip.MustParsePrefix(outside[f]).Addr()
 			r.talk(t, v.guest, v.addr(t, 0, f), other.Namespace, other.addr(t, "eth0", f), mtu, "")
@@ -137,18 +146,17 @@ func TestMacvlan(t *testing.T) {
 
 // Limits of the bandwidth plugin hold for a guest as for a pod: what is sent takes as long as they say, at least.
 func TestBandwidth(t *testing.T) {
-	t.Run("bridge", testBandwidth)
-	t.Run("redirect", testBandwidth)
+	eachDatapath(t, testBandwidth)
 }
 
-func testBandwidth(t *testing.T) {
+func testBandwidth(t *testing.T, d podnet.Datapath) {
 	n := newNode(t, "node")
 	net := n.network(t, list("1.1.0", "lab",
 		map[string]any{"type": "bridge", "bridge": "cni0", "isGateway": true, "ipam": hostLocal("v4")},
 		map[string]any{"type": "bandwidth", "capabilities": map[string]bool{"bandwidth": true}},
 	))
 	const rate, burst, size = 16e6, 800e3, 2e6 // bit/s, bits, bytes
-	v := n.start(t, request{networks: ns(net), caps: map[string]any{
+	v := n.start(t, d, request{networks: ns(net), caps: map[string]any{
 		"bandwidth": map[string]any{"ingressRate": rate, "ingressBurst": burst, "egressRate": rate, "egressBurst": burst},
 	}})
 	other := n.addPod(t, request{networks: ns(net)})
@@ -190,13 +198,17 @@ func defaults(v *vm) (all []string) {
 }
 
 func TestSeveralNetworks(t *testing.T) {
-	r := tested(t, "bridge, twice", real, "dual")
+	eachDatapath(t, testSeveralNetworks)
+}
+
+func testSeveralNetworks(t *testing.T, d podnet.Datapath) {
+	r := tested(t, "bridge, twice", real, "dual", d)
 	n := newNode(t, "node")
 	first := n.network(t, list("1.1.0", "first", map[string]any{
 		"type": "bridge", "bridge": "cni0", "isGateway": true, "mtu": 1400, "hairpinMode": true, "ipam": hostLocal("dual"),
 	}))
 	nets := ns(first, n.network(t, list("0.4.0", "second", second)))
-	v := n.start(t, request{networks: nets})
+	v := n.start(t, d, request{networks: nets})
 	other := n.addPod(t, request{networks: nets})
 	if got := strings.Join(defaults(v), ", "); got != "eth0 198.51.100.1, eth0 2001:db8:100::1" {
 		t.Errorf("default routes: %s", got)
@@ -216,14 +228,18 @@ func TestSeveralNetworks(t *testing.T) {
 
 // Routing by source address needs rules, which a guest is not told of: that is said, and the rest works.
 func TestSbr(t *testing.T) {
-	r := tested(t, "bridge, and bridge with sbr", real, "v4")
+	eachDatapath(t, testSbr)
+}
+
+func testSbr(t *testing.T, d podnet.Datapath) {
+	r := tested(t, "bridge, and bridge with sbr", real, "v4", d)
 	n := newNode(t, "node")
 	if out, err := n.Run("ip", "rule", "add", "from", "192.0.2.200", "table", "200"); err != nil {
 		t.Skipf("the kernel has no routing rules: %s", out)
 	}
 	first := n.network(t, list("1.1.0", "first", map[string]any{"type": "bridge", "bridge": "cni0", "isGateway": true, "ipam": hostLocal("v4")}))
 	bySource := n.network(t, list("1.1.0", "second", second, map[string]any{"type": "sbr"}))
-	v := n.start(t, request{networks: ns(first, bySource)})
+	v := n.start(t, d, request{networks: ns(first, bySource)})
 	other := n.addPod(t, request{networks: ns(first, n.network(t, list("1.1.0", "second", second)))})
 	rules := v.MustRun("ip", "rule")
 	if !slices.ContainsFunc(v.notes, func(s string) bool { return strings.Contains(s, "eth1") && strings.Contains(s, "table 100") }) {

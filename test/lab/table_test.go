@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
 
@@ -40,10 +41,14 @@ const (
 
 // row is what was seen on the networks of one plugin.
 type row struct {
-	plugin, how, families string
-	seen                  map[string]bool
-	failed                bool
+	key
+	datapath podnet.Datapath // of the guest's veth, if it has one
+	seen     map[string]bool
+	failed   bool
 }
+
+// key is what rows have in common that differ in their datapaths: they are one row of the documentation.
+type key struct{ plugin, how, families string }
 
 // results are the rows of a run.
 type results struct {
@@ -54,14 +59,15 @@ type results struct {
 
 var table results
 
-// tested gives the row for a plugin and "v4", "v6" or "dual". Tests may share one; a failed or skipped one spoils it.
-func tested(t *testing.T, plugin, how, families string) *row {
+// tested gives the row for a plugin, "v4", "v6" or "dual", and a datapath. Tests may share one; a failed or skipped one spoils it.
+func tested(t *testing.T, plugin, how, families string, d podnet.Datapath) *row {
 	t.Helper()
 	table.mu.Lock()
 	defer table.mu.Unlock()
-	i := slices.IndexFunc(table.rows, func(r *row) bool { return r.plugin == plugin && r.how == how && r.families == families })
+	of := key{plugin, how, families}
+	i := slices.IndexFunc(table.rows, func(r *row) bool { return r.key == of && r.datapath == d })
 	if i < 0 {
-		table.rows = append(table.rows, &row{plugin: plugin, how: how, families: families, seen: map[string]bool{}})
+		table.rows = append(table.rows, &row{key: of, datapath: d, seen: map[string]bool{}})
 		i = len(table.rows) - 1
 	}
 	r := table.rows[i]
@@ -167,28 +173,50 @@ const (
 	tableEnd   = "<!-- end -->\n"
 )
 
-// markdown gives the table; a cell is empty where the plugin has no such thing or it was not tried.
+// markdown gives the table. A cell is empty where the plugin has no such thing or it was not tried, and names the datapaths
+// where it was not seen on all that the row has.
 func (t *results) markdown() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	rows := slices.DeleteFunc(slices.Clone(t.rows), func(r *row) bool { return r.failed || len(r.seen) == 0 })
 	slices.SortFunc(rows, func(a, b *row) int {
-		return cmp.Or(cmp.Compare(a.how, b.how), cmp.Compare(a.plugin, b.plugin), cmp.Compare(order(a.families), order(b.families)))
+		return cmp.Or(cmp.Compare(a.how, b.how), cmp.Compare(a.plugin, b.plugin), cmp.Compare(order(a.families), order(b.families)),
+			cmp.Compare(a.datapath, b.datapath))
 	})
 	var s strings.Builder
-	fmt.Fprintf(&s, "| plugin | | | %s |\n|---|---|---|%s\n", strings.Join(columns, " | "), strings.Repeat("---|", len(columns)))
-	for _, r := range rows {
-		fmt.Fprintf(&s, "| %s | %s | %s |", r.plugin, r.how, r.families)
+	fmt.Fprintf(&s, "| plugin | | | datapath | %s |\n|---|---|---|---|%s\n", strings.Join(columns, " | "), strings.Repeat("---|", len(columns)))
+	for len(rows) > 0 {
+		n := 1
+		for n < len(rows) && rows[n].key == rows[0].key {
+			n++
+		}
+		same := rows[:n]
+		rows = rows[n:]
+		all := strings.Join(seenOn(same, ""), ", ")
+		fmt.Fprintf(&s, "| %s | %s | %s | %s |", same[0].plugin, same[0].how, same[0].families, all)
 		for _, c := range columns {
-			if r.seen[c] {
-				s.WriteString(" yes |")
-			} else {
+			switch on := strings.Join(seenOn(same, c), ", "); on {
+			case "":
 				s.WriteString(" |")
+			case all:
+				s.WriteString(" yes |")
+			default:
+				s.WriteString(" " + on + " |")
 			}
 		}
 		s.WriteString("\n")
 	}
 	return s.String()
+}
+
+// seenOn gives the datapaths on which a column was seen, of some rows; all of them for "".
+func seenOn(rows []*row, column string) (all []string) {
+	for _, r := range rows {
+		if column == "" || r.seen[column] {
+			all = append(all, string(r.datapath))
+		}
+	}
+	return all
 }
 
 func order(families string) int { return slices.Index([]string{"v4", "v6", "dual"}, families) }
