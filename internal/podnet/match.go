@@ -111,6 +111,7 @@ var (
 
 	mark = at("meta mark", skbMark, 0, 4)
 
+	etherTo   = at("ether daddr", frame, 0, 6)
 	etherFrom = at("ether saddr", frame, 6, 6)
 	// The control information of the outer tag, whose lower twelve bits are the VLAN (IEEE 802.1Q, clause 9.6).
 	tag = at("@ll,112,16", tagged, 14, 2)

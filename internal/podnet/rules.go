@@ -153,8 +153,11 @@ var linkLocal = [2]value{addr(netip.MustParseAddr("fe80::")), addr(netip.MustPar
 // clusterRules are those at the veth, for frames toward the guest. Redirects pass: they are a router's word about a
 // better next hop, and a guest believes only the router that it uses (RFC 4861, section 8.1).
 func clusterRules(n nic.NIC, p Policy) []rule {
-	// The guest would take its own solicitation for another host's and its address for taken (RFC 4862, section 5.4.4).
-	rules := []rule{{Reflected, nil, etherFrom.is(hardware(n.MAC))}}
+	// The guest would take its own solicitation for another host's and its address for taken (RFC 4862, section 5.4.4). But what
+	// is also for its MAC has been led back to it, by a port of the node or a Service: a bridge with br_netfilter changes addresses
+	// of such a packet and where the frame goes, and leaves its source as it was (br_nf_pre_routing_finish_bridge of the kernel).
+	own := hardware(n.MAC)
+	rules := []rule{{Reflected, nil, all(etherFrom.is(own), etherTo.isNot(own))}}
 	if p.ExternalDHCP && p.ExternalRA {
 		return rules
 	}
