@@ -9,7 +9,6 @@ import (
 	"github.com/virtlet/virtlet/internal/dhcp"
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
-	"github.com/virtlet/virtlet/internal/testnet"
 )
 
 // Calico has no bridge: every pod is routed to by itself, its gateway is an address that nobody has, and on the node a
@@ -36,8 +35,7 @@ func TestCalico(t *testing.T) {
 				connect(t, n, n2, f, []netip.Addr{own, vm.addr(t, 0, f)}, []netip.Addr{far.addr(t, "eth0", f), farVM.addr(t, 0, f)})
 				r.talk(t, v.guest, own, far.Namespace, far.addr(t, "eth0", f), mtu, crossNode)
 				r.talk(t, v.guest, own, farVM.guest, farVM.addr(t, 0, f), mtu, crossNode)
-				testnet.TransferBy(t, world, v.guest, netip.AddrPortFrom(own, 80), netip.AddrPortFrom(uplink[f], 8080), 300_000)
-				r.mark(t, hostPort)
+				r.published(t, v, world, uplink[f])
 			}
 		}
 		t.Run(families, func(t *testing.T) { eachDatapath(t, test) })
@@ -45,7 +43,7 @@ func TestCalico(t *testing.T) {
 }
 
 // ports publishes a guest's port 80 on the node.
-var ports = map[string]any{"portMappings": []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}}
+var ports = map[string]any{"portMappings": port80}
 
 // leased checks that the guest is told what the recording says of Calico: addresses without a subnet, and a gateway that is
 // reached all the same.

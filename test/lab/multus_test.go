@@ -40,7 +40,7 @@ func testMultus(t *testing.T, as trial) {
 		if !v.guest.Ping(other.addr(t, "net1", f)) {
 			t.Errorf("the guest does not reach another macvlan of its node by IPv%d", f)
 		}
-		r.published(t, v, world, f)
+		r.published(t, v, world, uplink[f])
 	}
 	// Behind the router of data0, which knows no other way to the guest.
 	behind := netip.MustParseAddr("10.99.0.1")

@@ -97,7 +97,7 @@ func TestBridge(t *testing.T) {
 		world := n.world(t)
 		for _, f := range each(as.families) {
 			r.talk(t, v.guest, v.addr(t, 0, f), other.Namespace, other.addr(t, "eth0", f), mtu, "")
-			r.published(t, v, world, f)
+			r.published(t, v, world, uplink[f])
 		}
 	})
 }
@@ -118,7 +118,7 @@ func TestPtp(t *testing.T) {
 		world := n.world(t)
 		for _, f := range each(as.families) {
 			r.talk(t, v.guest, v.addr(t, 0, f), other.Namespace, other.addr(t, "eth0", f), mtu, "")
-			r.published(t, v, world, f)
+			r.published(t, v, world, uplink[f])
 		}
 	})
 }

@@ -151,11 +151,17 @@ func tooLong(t *testing.T, from *testnet.Namespace, to netip.Addr, size int) {
 // port80 publishes a VM's port 80 as 8080.
 var port80 = []map[string]any{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}
 
-// published tries port80 from the world behind the node.
-func (r *row) published(t *testing.T, v *vm, world *testnet.Namespace, family int) {
+// published tries port80 at an address of the node, from somewhere else, and from the guest itself: who is led to by a port
+// or a Service does not know that he is.
+func (r *row) published(t *testing.T, v *vm, from *testnet.Namespace, at netip.Addr) {
 	t.Helper()
-	listen, by := netip.AddrPortFrom(v.addr(t, 0, family), 80), netip.AddrPortFrom(uplink[family], 8080)
-	testnet.TransferBy(t, world, v.guest, listen, by, 300_000)
+	family := 6
+	if at.Is4() {
+		family = 4
+	}
+	listen, by := netip.AddrPortFrom(v.addr(t, 0, family), 80), netip.AddrPortFrom(at, 8080)
+	testnet.TransferBy(t, from, v.guest, listen, by, 300_000)
+	testnet.TransferBy(t, v.guest, v.guest, listen, by, 300_000)
 	r.mark(t, hostPort)
 }
 

@@ -1,14 +1,12 @@
 package lab
 
 import (
-	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
-	"github.com/virtlet/virtlet/internal/testnet"
 )
 
 // Weave answers with an address alone, gives its pods the largest MTU there is, and turns their checksums off. Its bridge
@@ -33,8 +31,7 @@ func testWeave(t *testing.T, d podnet.Datapath) {
 	}
 	r.talk(t, v.guest, own, pod.Namespace, pod.addr(t, "eth0", 4), nic.MaxTapMTU, "")
 	r.talk(t, v.guest, own, vm.guest, vm.addr(t, 0, 4), nic.MaxTapMTU, "")
-	testnet.TransferBy(t, world, v.guest, netip.AddrPortFrom(own, 80), netip.AddrPortFrom(uplink[4], 8080), 300_000)
-	r.mark(t, hostPort)
+	r.published(t, v, world, uplink[4])
 }
 
 // Who asks for CHECK is told that there is none; that is no sign of anything.
