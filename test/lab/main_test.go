@@ -3,8 +3,9 @@
 //
 // A lab is a [node] or two, in network namespaces of the test's own; a [pod] that the plugins have configured on it; and a
 // [vm], which is that pod after virtlet has taken it over, with a guest that is a namespace of the same kernel: its TAP is
-// cross-connected to the pod's, as QEMU would. What was seen to work is marked in a table, which is in docs/networking.md
-// and must be the one of this run.
+// cross-connected to the pod's, as QEMU would. Where the pod's link is a veth each lab runs on both datapaths, and a test says
+// which one its VMs are joined by: a fallback fails it. What was seen to work is marked in a table, which is in
+// docs/networking.md and must be the one of this run.
 package lab
 
 import (

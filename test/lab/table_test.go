@@ -255,3 +255,22 @@ func (t *results) compare(write bool) error {
 func each(families string) []int {
 	return map[string][]int{"v4": {4}, "v6": {6}, "dual": {4, 6}}[families]
 }
+
+// A row says on which datapaths it was seen, and a cell where that is not all of them; a test that failed shows nothing.
+func TestTable(t *testing.T) {
+	var some results
+	for _, d := range datapaths {
+		some.rows = append(some.rows,
+			&row{key: key{"both", real, "v4"}, datapath: d, seen: map[string]bool{ping: true, tcp: d == podnet.Bridged}},
+			&row{key: key{"one", real, "v4"}, datapath: d, seen: map[string]bool{ping: true}, failed: d == podnet.Bridged})
+	}
+	some.rows = append(some.rows, &row{key: key{"nothing", real, "v4"}, datapath: podnet.Bridged})
+	const want = `| plugin | | | datapath | ping | TCP | DF at MTU | hostPort | second NIC | cross-node |
+|---|---|---|---|---|---|---|---|---|---|
+| both | real | v4 | bridge, redirect | yes | bridge | | | | |
+| one | real | v4 | redirect | yes | | | | | |
+`
+	if got := some.markdown(); got != want {
+		t.Errorf("got\n%swant\n%s", got, want)
+	}
+}
