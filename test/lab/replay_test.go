@@ -223,6 +223,7 @@ func normal(r, of nic.Recording) nic.Recording {
 	}
 	link := func(l nic.Link) nic.Link {
 		l.Index = 0
+		l.Away = false // which recordings of old are silent of; a replayed veth always leads away
 		l.Sysctls = only(l.Sysctls, settings)
 		l.Routes = slices.SortedFunc(slices.Values(l.Routes), func(a, b nic.KernelRoute) int { return cmp.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
 		l.Addrs = slices.SortedFunc(slices.Values(l.Addrs), func(a, b nic.Addr) int { return cmp.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
