@@ -2,12 +2,15 @@ package testnet
 
 import (
 	"crypto/sha256"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Transfer sends random bytes over TCP from one namespace to an address in the other, and compares what arrives.
@@ -22,7 +25,15 @@ func TransferBy(t testing.TB, from, to *Namespace, listen, by netip.AddrPort, si
 	t.Helper()
 	var l *net.TCPListener
 	var c *net.TCPConn
-	to.Must(func() (err error) { l, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(listen)); return err })
+	to.Must(func() (err error) {
+		// A program that is being started has a copy of a listener that was closed here, for a moment: until it is executed.
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			l, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(listen))
+			if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(end) {
+				return err
+			}
+		}
+	})
 	defer l.Close()
 	if !by.IsValid() {
 		by = l.Addr().(*net.TCPAddr).AddrPort()
