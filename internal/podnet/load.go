@@ -62,17 +62,19 @@ func (p *Programs) Close() error {
 
 // load loads those of the joins that are not there, all at once.
 func (p *Programs) load(joins []Join, nics []nic.NIC, o Options) error {
-	local := localAddrs(joins)
-	if slices.ContainsFunc(joins, func(j Join) bool { return j.engine() == EBPF }) {
-		_ = rlimit.RemoveMemlock() // before Linux 5.11 programs count as locked memory; if it stays too low, loading fails and says so
+	first := slices.IndexFunc(joins, func(j Join) bool { return j.engine() == EBPF })
+	if first < 0 {
+		return nil
 	}
+	if err := cmp.Or(o.lacks(needEBPF), preempts()); err != nil {
+		return fmt.Errorf("attach %s: %w", joins[first].Link, &lack{needEBPF, err})
+	}
+	_ = rlimit.RemoveMemlock() // before Linux 5.11 programs count as locked memory; if it stays too low, loading fails and says so
+	local := localAddrs(joins)
 	var g errgroup.Group
 	for i, j := range joins {
 		if j.engine() != EBPF || p.byLink[j.Link] != nil {
 			continue
-		}
-		if err := cmp.Or(o.lacks(needEBPF), preempts()); err != nil {
-			return fmt.Errorf("attach %s: %w", j.Link, &lack{needEBPF, err})
 		}
 		hooks := j.hooks()
 		of := make([]*loaded, len(hooks))
