@@ -266,8 +266,8 @@ func TestBootOnTheEmbeddedNetwork(t *testing.T) {
 	if !slices.Equal(r.NICs[0].DNS, []string{"192.0.2.53", "2001:db8::53"}) || !slices.Contains(r.NICs[0].Search, "example.test") {
 		t.Errorf("DNS %v, search %v", r.NICs[0].DNS, r.NICs[0].Search)
 	}
-	if kib := resident(t, st.Supervisor.PID); kib > 20<<10 {
-		t.Errorf("the supervisor has %d KiB resident, want at most 20 MiB", kib)
+	if kib := resident(t, st.Supervisor.PID); kib > 16<<10 {
+		t.Errorf("the supervisor has %d KiB resident, want at most 16 MiB", kib)
 	}
 	to := address(t, st, 0)
 	if out, err := exec.Command("ping", "-c", "3", "-i", "0.2", "-W", "5", to.String()).CombinedOutput(); err != nil {
@@ -431,8 +431,8 @@ func TestBootByRedirect(t *testing.T) {
 	if p := st.Ports[0]; p.Datapath != podnet.Redirected || p.Engine != podnet.EBPF || p.Lacks != "" || p.Queues != 2 {
 		t.Errorf("joined by %+v", p)
 	}
-	if kib := resident(t, st.Supervisor.PID); kib > 22<<10 {
-		t.Errorf("the supervisor has %d KiB resident, want at most 22 MiB", kib)
+	if kib := resident(t, st.Supervisor.PID); kib > 16<<10 {
+		t.Errorf("the supervisor has %d KiB resident, want at most 16 MiB", kib)
 	}
 	for _, to := range []string{address(t, st, 0).String(), "[" + testnet.Addr(t, st.NICs[0], 6).String() + "]"} {
 		if page := get(t, to); !strings.Contains(page, "red-1") {

@@ -50,10 +50,6 @@ func newDaemon(s Shim, namespace, id, events string, log *slog.Logger) *daemon {
 	}
 }
 
-// gcPercent makes the collector run early: there is one daemon for each pod, whose memory is the pod's overhead, and it
-// has hardly anything to do.
-const gcPercent = 20
-
 // restAfter is when a pod is at rest: what it took to make a part of it is not needed again for long, and given back then,
 // not while somebody waits for an answer.
 const restAfter = time.Second
@@ -65,7 +61,7 @@ const goodbye = 3 * time.Second
 func (c *call) serve() error {
 	// Systemd ends what it can find with a service; the pod's end is the manager's to say.
 	signal.Ignore(unix.SIGTERM, unix.SIGINT, unix.SIGHUP, unix.SIGPIPE)
-	debug.SetGCPercent(gcPercent)
+	debug.SetGCPercent(vm.GCPercent) // from the begin: what it ever has is the pod's overhead
 	out, err := openLog(c.bundle)
 	if err != nil {
 		return err
