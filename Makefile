@@ -73,8 +73,8 @@ bench: setup build plugins ## run the benchmarks
 bench-pods: setup build plugins ## compare pods with those of runc
 	@guest=$(GUEST) && VIRTLET_GUEST="$$guest" hack/pods.sh bench
 
-bench-network: setup ## measure the datapaths beside other projects' and write docs/performance.md: 5 minutes, alone on the machine
-	@guest=$(GUEST) && CGO_ENABLED=0 go run ./test/bench -docs docs -guest "$$guest"
+bench-network: setup build plugins ## measure the datapaths beside other projects' and write docs/performance.md: 6 minutes, alone on the machine
+	@guest=$(GUEST) && CGO_ENABLED=0 go run ./test/bench -docs docs -guest "$$guest" -virtlet bin/virtlet -cni bin/cni
 
 install: ## install virtlet, the shim and the plugins below PREFIX (/usr/local)
 	@[ -x bin/virtlet ] && [ -d bin/cni ] || $(MAKE) --no-print-directory build plugins

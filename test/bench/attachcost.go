@@ -98,7 +98,7 @@ func (r *rig) timeOwn(w ownWay) (t ownTimes, err error) {
 		return t, err
 	}
 	begin = time.Now()
-	err = a.join(snap, o)
+	err = a.join(snap, w, o)
 	t.attach = ms(begin)
 	if err != nil {
 		return t, err

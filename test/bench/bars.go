@@ -1,6 +1,9 @@
 package main
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // addBars compares the run with what is promised: medians of ratios of the same rounds.
 func (r *report) addBars(s samples) {
@@ -27,14 +30,38 @@ func (r *report) addBars(s samples) {
 		add(bar{Promise: a.Datapath + ": attach by the fewest calls", Got: a.ByLeast, Bound: bound})
 		add(bar{Promise: a.Datapath + ": release by attach", Got: a.ByAttach, Bound: 1})
 	}
-	if len(r.Scale) > 0 {
-		last := r.Scale[len(r.Scale)-1]
-		add(bar{
-			Promise: fmt.Sprintf("heap for each of %d pods that answer, one process", last.Pods),
-			Got:     spread{last.Heap, last.Heap, last.Heap, 1}, Bound: 40, Unit: " KiB",
-		})
-		first := r.Scale[0]
-		v := last.CPU / first.CPU
-		add(bar{Promise: fmt.Sprintf("CPU for each of %d pods by that for one", last.Pods), Got: spread{v, v, v, 1}, Bound: 1.5})
+	for _, w := range timedWays() {
+		r.addScaleBars(w.name, add)
 	}
+	for _, c := range r.Supervisor {
+		largest := c.Largest / 1e6
+		add(bar{
+			Promise: fmt.Sprintf("%s: resident memory of the largest of %d supervisors at rest", c.Datapath, c.RSS.N),
+			Got:     spread{largest, largest, largest, 1}, Bound: 15, Unit: " MB",
+		})
+	}
+}
+
+// addScaleBars says what many pods of one datapath have to keep.
+func (r *report) addScaleBars(datapath string, add func(bar)) {
+	bySize := map[int]cost{}
+	var sizes []int
+	for _, c := range r.Scale {
+		if c.Datapath == datapath {
+			bySize[c.Pods], sizes = c, append(sizes, c.Pods)
+		}
+	}
+	if len(sizes) < 2 {
+		return
+	}
+	slices.Sort(sizes)
+	most := bySize[sizes[len(sizes)-1]]
+	say := func(promise string, got, bound float64, unit string) {
+		add(bar{Promise: fmt.Sprintf("%s: %s", datapath, promise), Got: spread{got, got, got, 1}, Bound: bound, Unit: unit})
+	}
+	one, some := bySize[sizes[0]], bySize[sizes[1]] // a single pod leaves CPUs unused, so time is compared with that of some
+	say(fmt.Sprintf("CPU for each of %d pods by that for %d", most.Pods, one.Pods), most.CPU/one.CPU, 1.5, "")
+	say(fmt.Sprintf("time for each of %d pods by that for each of %d", most.Pods, some.Pods), most.Each/some.Each, 1.5, "")
+	say(fmt.Sprintf("waits for each other's locks, %d pods, of the CPUs' time", most.Pods), 100*most.Waits, 2, " %")
+	say(fmt.Sprintf("heap for each of %d pods that answer, one process", most.Pods), most.Heap, 40, " KiB")
 }

@@ -136,7 +136,9 @@ func sample() *report {
 			}
 		}
 	}
-	r := &report{Machine: thisMachine(), Rounds: 1, Scale: []cost{{Pods: 1, CPU: 1, Answer: tail{1, 2}}, {Pods: 500, CPU: 1, Heap: 20, Answer: tail{3, 4}}}}
+	r := &report{Machine: thisMachine(), Rounds: 1, Scale: []cost{
+		{Datapath: ownRedirect, Pods: 1, CPU: 1, Each: 1}, {Datapath: ownRedirect, Pods: 500, CPU: 1, Each: 1, Heap: 20, Code: 5, Maps: 6},
+	}, Supervisor: []supervised{{Datapath: ownRedirect, RSS: newSpread([]float64{1e7}), Largest: 1e7}}}
 	r.addJoins(joins(), s)
 	r.Attach = []attachCost{{Datapath: ownBridge, Attach: newSpread([]float64{1}), Least: newSpread([]float64{1}), ByLeast: newSpread([]float64{1}), Release: newSpread([]float64{1}), ByAttach: newSpread([]float64{1})}}
 	r.Guest = []guestFigure{{Datapath: ownBridge}}

@@ -31,6 +31,8 @@ type options struct {
 	json    string
 	docs    string
 	guest   string
+	virtlet string
+	plugins string
 	only    string
 	quiet   bool
 }
@@ -38,13 +40,30 @@ type options struct {
 // does says whether a part is measured.
 func (o options) does(part string) bool { return o.only == "" || o.only == part }
 
+// lacks says why a part that boots guests cannot be measured, "" if it can be.
+func (o options) lacks(part string) string {
+	switch {
+	case !o.does(part):
+		return "another part alone was measured"
+	case o.guest == "":
+		return "no guest was named (-guest)"
+	case runtime.GOARCH != "amd64":
+		return "the test guest is for amd64"
+	case part == "supervisor" && (o.virtlet == "" || o.plugins == ""):
+		return "no virtlet and no plugins were named (-virtlet, -cni)"
+	}
+	return ""
+}
+
 func run() (int, error) {
 	var o options
 	flag.DurationVar(&o.traffic, "traffic", 120*time.Second, "how long traffic is measured; everything else takes three minutes more")
 	flag.StringVar(&o.json, "json", "", "write all figures to `FILE`")
 	flag.StringVar(&o.docs, "docs", "", "write tables and plots into performance.md in `DIR`")
 	flag.StringVar(&o.guest, "guest", "", "boot the test guest in `DIR` (make guest)")
-	flag.StringVar(&o.only, "only", "", "no more than one part: traffic, attach, scale or guest")
+	flag.StringVar(&o.virtlet, "virtlet", "", "read the memory of supervisors of the virtlet in `FILE` (make build); needs -guest and -cni")
+	flag.StringVar(&o.plugins, "cni", "", "CNI's reference plugins in `DIR` (make plugins)")
+	flag.StringVar(&o.only, "only", "", "no more than one part: traffic, attach, scale, supervisor or guest")
 	flag.BoolVar(&o.quiet, "quiet", false, "tell nothing of the progress")
 	flag.Parse()
 	if flag.NArg() > 0 {
@@ -91,18 +110,16 @@ func measure(o options) (*report, error) {
 		}
 	}
 	if o.does("scale") {
-		if r.Scale, err = measureScale(say); err != nil {
+		if r.Scale, err = measureScale(timedWays(), sizes, leastSamples, say); err != nil {
 			return nil, err
 		}
 	}
-	switch {
-	case !o.does("guest"):
-		r.NoGuest = "another part alone was measured"
-	case o.guest == "":
-		r.NoGuest = "no guest was named (-guest)"
-	case runtime.GOARCH != "amd64":
-		r.NoGuest = "the test guest is for amd64"
-	default:
+	if r.NoSupervisor = o.lacks("supervisor"); r.NoSupervisor == "" {
+		if r.Supervisor, err = measureSupervisors(o, say); err != nil {
+			return nil, err
+		}
+	}
+	if r.NoGuest = o.lacks("guest"); r.NoGuest == "" {
 		if r.Guest, err = measureGuests(o.guest, say); err != nil {
 			return nil, err
 		}

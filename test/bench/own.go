@@ -22,34 +22,37 @@ const (
 // ownWay is a datapath of the product, made by [podnet.Attach] as for any guest: filters and spoof check included.
 type ownWay struct {
 	name, about string
-	macvlan     bool                  // what the pod's link is: a veth otherwise
-	set         func(*podnet.Options) // which datapath is asked for
-	least       leastWay              // nil: it is not attached for its cost
+	macvlan     bool        // what the pod's link is: a veth otherwise
+	wish        podnet.Wish // which datapath is asked for
+	least       leastWay    // nil: it is not attached for its cost
 }
 
 func (w ownWay) options(queues int) podnet.Options {
-	o := podnet.Options{Queues: queues}
-	if w.set != nil {
-		w.set(&o)
+	return podnet.Options{Queues: queues, Datapath: w.wish}
+}
+
+// served says whether a join is what was asked for: figures of what stands in for it would have the wrong name.
+func (w ownWay) served(j podnet.Join) error {
+	if w.wish == podnet.WishRedirect && (j.Datapath != podnet.Redirected || j.Engine != podnet.EBPF) || w.wish == podnet.WishBridge && j.Datapath != podnet.Bridged {
+		return fmt.Errorf("the machine cannot do it: %s is joined by %s (%s), for it lacks: %s", j.Link, j.Datapath, j.Engine, j.Lacks)
 	}
-	return o
+	return nil
 }
 
 // ownWays is every datapath that the product has.
 func ownWays() []ownWay {
-	wish := func(w podnet.Wish) func(*podnet.Options) { return func(o *podnet.Options) { o.Datapath = w } }
 	return []ownWay{
 		{
 			name: ownRedirect, about: "by `podnet.Attach`: filters, spoof check and redirect, to the peer where it can be, by eBPF",
-			set: wish(podnet.WishRedirect), least: leastRedirect,
+			wish: podnet.WishRedirect, least: leastRedirect,
 		},
 		{
 			name: ownBridge, about: "by `podnet.Attach`: a bridge, with filters and spoof check by nftables",
-			set: wish(podnet.WishBridge), least: leastBridge,
+			wish: podnet.WishBridge, least: leastBridge,
 		},
 		{
 			name: ownMacvlan, about: "by `podnet.Attach` on a macvlan: as virtlet redirect, but with one device more, and no peer",
-			macvlan: true, set: wish(podnet.WishRedirect),
+			macvlan: true, wish: podnet.WishRedirect,
 		},
 	}
 }
@@ -79,7 +82,7 @@ func makeOwn(w ownWay) func(*rig, int) error {
 			return err
 		}
 		a := &attached{ns: r.pod}
-		if err := a.join(snap, w.options(queues)); err != nil {
+		if err := a.join(snap, w, w.options(queues)); err != nil {
 			return err
 		}
 		r.defers(a.detach)
@@ -117,14 +120,14 @@ type attached struct {
 	rec  podnet.Record
 }
 
-// join gives the pod's link to the guest.
-func (a *attached) join(snap nic.Snapshot, o podnet.Options) error {
+// join gives the pod's link to the guest, by one of the product's datapaths, with its options.
+func (a *attached) join(snap nic.Snapshot, w ownWay, o podnet.Options) error {
 	ports, err := podnet.Attach(context.Background(), a.ns, snap, guestNICs(), o, func(r podnet.Record) error { a.rec = r; return nil })
 	if err != nil {
 		return err
 	}
 	a.port = ports[0]
-	return nil
+	return w.served(a.port.Join)
 }
 
 func (a *attached) detach() error { return errors.Join(a.port.Close(), podnet.Detach(a.ns, a.rec)) }

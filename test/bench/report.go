@@ -12,14 +12,17 @@ import (
 
 // report is all that a run has found.
 type report struct {
-	Machine machine       `json:"machine"`
-	Rounds  int           `json:"rounds"`
-	Joins   []joinReport  `json:"joins"`
-	Attach  []attachCost  `json:"attach,omitempty"`
-	Scale   []cost        `json:"scale,omitempty"`
-	Guest   []guestFigure `json:"guest,omitempty"`
-	NoGuest string        `json:"noGuest,omitempty"` // why there are no figures of a guest
-	Bars    []bar         `json:"bars"`
+	Machine machine      `json:"machine"`
+	Rounds  int          `json:"rounds"`
+	Joins   []joinReport `json:"joins"`
+	Attach  []attachCost `json:"attach,omitempty"`
+	Scale   []cost       `json:"scale,omitempty"`
+	Bars    []bar        `json:"bars"`
+
+	Supervisor   []supervised  `json:"supervisor,omitempty"`
+	NoSupervisor string        `json:"noSupervisor,omitempty"` // why there are no figures of supervisors
+	Guest        []guestFigure `json:"guest,omitempty"`
+	NoGuest      string        `json:"noGuest,omitempty"` // why there are none of a guest
 }
 
 // joinReport is one join's figures by metric.
@@ -81,7 +84,7 @@ func (r *report) tables() []table {
 	} {
 		all = append(all, r.figures(t.id, t.title, t.of))
 	}
-	return append(all, r.attachTable(), r.scaleTable(), r.guestTable())
+	return append(all, r.attachTable(), r.scaleTable(), r.memoryTable(), r.supervisorTable(), r.guestTable())
 }
 
 // figures is a table of joins; in brackets is what they have by the hand-made bridge.
@@ -118,14 +121,44 @@ func (r *report) attachTable() table {
 
 func (r *report) scaleTable() table {
 	t := table{id: "scale", title: "Many pods in one process, in milliseconds", head: []string{
-		"pods", "attach p50 / p99", "DHCPOFFER p50 / p99", "release p50 / p99", "each", "CPU each", "links gone, each", "heap each", "waits for locks",
+		"datapath", "pods", "attach p50 / p99", "DHCPOFFER p50 / p99", "release p50 / p99", "each", "CPU each", "links gone, each", "CPUs used", "waits for locks",
 	}}
 	pair := func(v tail) string { return digits(v.P50) + " / " + digits(v.P99) }
 	for _, c := range r.Scale {
 		t.rows = append(t.rows, []string{
-			fmt.Sprint(c.Pods), pair(c.Attach), pair(c.Answer), pair(c.Release), digits(c.Each), digits(c.CPU), digits(c.Rest),
-			digits(c.Heap) + " KiB", fmt.Sprintf("%.2f %%", 100*c.Waits),
+			c.Datapath, fmt.Sprint(c.Pods), pair(c.Attach), pair(c.Answer), pair(c.Release), digits(c.Each), digits(c.CPU), digits(c.Rest),
+			fmt.Sprintf("%.0f %%", 100*c.Used), fmt.Sprintf("%.2f %%", 100*c.Waits),
 		})
+	}
+	return t
+}
+
+// With fewer pods most of the memory of a process, and of the machine, is what there is once.
+const fewPods = 100
+
+func (r *report) memoryTable() table {
+	t := table{id: "memory", title: "Memory for each of many pods, in KiB", head: []string{
+		"datapath", "pods", "Go's heap", "process, resident", "kernel memory for programs", "of their maps", "kernel memory in all",
+	}}
+	for _, c := range r.Scale {
+		row := []string{c.Datapath, fmt.Sprint(c.Pods), "-", "-", digits(c.Code), digits(c.Maps), "-"}
+		if c.Pods >= fewPods {
+			row[2], row[3], row[6] = digits(c.Heap), digits(c.RSS), digits(c.Kernel)
+		}
+		t.rows = append(t.rows, row)
+	}
+	return t
+}
+
+func (r *report) supervisorTable() table {
+	t := table{id: "supervisor", title: "Memory of a process for each VM, in MB", head: []string{
+		"datapath", "supervisor, resident", "the largest", "in proportion", "its QEMU, resident",
+	}}
+	for _, c := range r.Supervisor {
+		t.rows = append(t.rows, []string{c.Datapath, c.RSS.text(1e6), digits(c.Largest / 1e6), c.PSS.text(1e6), c.QEMU.text(1e6)})
+	}
+	if r.NoSupervisor != "" {
+		t.rows = append(t.rows, []string{"not measured: " + r.NoSupervisor, "", "", "", ""})
 	}
 	return t
 }
