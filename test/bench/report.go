@@ -164,7 +164,7 @@ func (r *report) supervisorTable() table {
 }
 
 func (r *report) guestTable() table {
-	t := table{id: "guest", title: "A TCP stream of a guest under QEMU", head: []string{"datapath", "offloads", "from the guest, MB/s", "to the guest, MB/s"}}
+	t := table{id: "guest", title: "A TCP stream of a guest under QEMU, by the second of its CPU", head: []string{"datapath", "offloads", "from the guest, MB/s", "to the guest, MB/s"}}
 	for _, g := range r.Guest {
 		t.rows = append(t.rows, []string{g.Datapath, g.offloads(), g.cell(g.Out, g.OutBy), g.cell(g.In, g.InBy)})
 	}
