@@ -40,6 +40,11 @@ func (r *report) addBars(s samples) {
 			Got:     spread{largest, largest, largest, 1}, Bound: 15, Unit: " MB",
 		})
 	}
+	for _, g := range r.Guest {
+		if g.Offloads {
+			add(bar{Promise: g.Datapath + ": a stream from a real guest with offloads by one without", Got: g.Gain, Bound: 1.5, AtLeast: true})
+		}
+	}
 }
 
 // addScaleBars says what many pods of one datapath have to keep.

@@ -141,7 +141,7 @@ func sample() *report {
 	}, Supervisor: []supervised{{Datapath: ownRedirect, RSS: newSpread([]float64{1e7}), Largest: 1e7}}}
 	r.addJoins(joins(), s)
 	r.Attach = []attachCost{{Datapath: ownBridge, Attach: newSpread([]float64{1}), Least: newSpread([]float64{1}), ByLeast: newSpread([]float64{1}), Release: newSpread([]float64{1}), ByAttach: newSpread([]float64{1})}}
-	r.Guest = []guestFigure{{Datapath: ownBridge}}
+	r.Guest = []guestFigure{{Datapath: ownBridge, Offloads: true, Gain: newSpread([]float64{2})}}
 	r.addBars(s)
 	return r
 }

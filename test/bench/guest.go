@@ -21,6 +21,7 @@ type guestFigure struct {
 	In       spread `json:"in"`    // bytes a second to it
 	OutBy    spread `json:"outBy"` // by the bridge with offloads, of the same round
 	InBy     spread `json:"inBy"`
+	Gain     spread `json:"gain"` // with offloads: what is sent from the guest, by what is without them
 }
 
 func (g guestFigure) offloads() string {
@@ -88,6 +89,9 @@ func measureGuests(dir string, say func(string, ...any)) (all []guestFigure, err
 		f := guestFigure{
 			Datapath: g.way.name, Offloads: g.offloads, Out: s.of(g.name(), "out"), In: s.of(g.name(), "in"),
 			OutBy: s.ratio(g.name(), reference, "out"), InBy: s.ratio(g.name(), reference, "in"),
+		}
+		if g.offloads {
+			f.Gain = s.ratio(g.name(), (&guestVM{way: g.way}).name(), "out")
 		}
 		say("%s: from the guest %.0f MB/s, to it %.0f MB/s", g.name(), f.Out.Median/1e6, f.In.Median/1e6)
 		all = append(all, f)

@@ -224,11 +224,13 @@ func (g *guestVM) connect(outward bool) (*net.TCPConn, error) {
 		return nil, err
 	}
 	defer l.Close()
-	redirection := ">/dev/null </dev/null"
+	file := "of=/dev/null"
 	if outward {
-		redirection = "</dev/zero >/dev/null"
+		file = "if=/dev/zero"
 	}
-	if err := g.types(fmt.Sprintf("nc %s %d %s", hostAddr.Addr(), l.Addr().(*net.TCPAddr).Port, redirection)); err != nil {
+	// Not nc itself, which moves a KiB at a time: what it sends then goes out in segments as short as that, or in long ones, as
+	// chance will have it.
+	if err := g.types(fmt.Sprintf("nc %s %d -e dd bs=256k %s", hostAddr.Addr(), l.Addr().(*net.TCPAddr).Port, file)); err != nil {
 		return nil, err
 	}
 	if err := l.SetDeadline(time.Now().Add(guestPatience)); err != nil {
