@@ -38,9 +38,10 @@ type daemon struct {
 	mu    sync.Mutex
 	tasks map[string]*task
 
-	rest  *time.Timer // gives back the memory that making a part of the pod took
-	ended sync.Once
-	quit  chan struct{} // closed by Shutdown
+	rest    *time.Timer // gives back the memory that making a part of the pod took
+	ended   sync.Once
+	closing sync.WaitGroup // what goes on when the pod's end has been told
+	quit    chan struct{}  // closed by Shutdown
 }
 
 func newDaemon(s Shim, namespace, id, events string, log *slog.Logger) *daemon {
@@ -110,7 +111,9 @@ func (d *daemon) run(l net.Listener) error {
 		}
 		<-served
 	}
-	return errors.Join(err, d.events.Close())
+	err = errors.Join(err, d.events.Close())
+	d.closing.Wait()
+	return err
 }
 
 // register gives the calls under the names of both versions of the task service: their messages are the same. Those of

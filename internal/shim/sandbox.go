@@ -30,7 +30,7 @@ func (d *daemon) prepare(ctx context.Context, b *bundle) error {
 	if err != nil {
 		return err
 	}
-	cfg := vm.Config{Name: vmName(d.namespace, d.id), NetNS: ns, Inside: true, Localhost: true, Pod: b.pod(), Hostname: b.spec.Hostname, Log: d.log}
+	cfg := vm.Config{Name: vmName(d.namespace, d.id), NetNS: ns, Inside: true, NetNSEnds: true, Localhost: true, Pod: b.pod(), Hostname: b.spec.Hostname, Log: d.log}
 	if d.told, err = cfg.FindResults(d.CNI, d.id); err != nil {
 		return err
 	}

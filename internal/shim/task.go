@@ -208,7 +208,13 @@ func (d *daemon) endSandbox(t *task, code uint32) {
 		if err := d.pod.Close(); err != nil {
 			d.log.Error("give the pod's network back (virtlet gc tries again)", "err", one(err))
 		}
+		pod := d.pod
 		d.pod = nil
+		d.closing.Go(func() {
+			if err := pod.Closed(); err != nil {
+				d.log.Error("close the pod's TAPs", "err", err)
+			}
+		})
 	}
 	if err := t.stdio.Close(); err != nil {
 		d.log.Error("close the sandbox's streams", "err", err)

@@ -82,11 +82,12 @@ type Config struct {
 	Remove bool `json:"remove,omitempty"` // erase the VM when it has ended and everything is undone
 
 	// Of a VM that is a pod of Kubernetes: namespace/name. Whoever made the pod ends it, and Stop refuses.
-	Pod     string          `json:"pod,omitempty"`
-	DiskDir string          `json:"diskDir,omitempty"` // where the overlay goes; "": to the VM's other files
-	Inside  bool            `json:"-"`                 // this process lives in NetNS, which is not the node's
-	Volumes Volumes         `json:"-"`                 // a disk of files; Secrets are among them
-	Started func(int) error `json:"-"`                 // called with QEMU's pid before its guest runs; an error ends the start
+	Pod       string          `json:"pod,omitempty"`
+	DiskDir   string          `json:"diskDir,omitempty"` // where the overlay goes; "": to the VM's other files
+	Inside    bool            `json:"-"`                 // this process lives in NetNS, which is not the node's
+	NetNSEnds bool            `json:"-"`                 // its owner removes NetNS once he is told of the VM's end: what DEL does not look at may stay
+	Volumes   Volumes         `json:"-"`                 // a disk of files; Secrets are among them
+	Started   func(int) error `json:"-"`                 // called with QEMU's pid before its guest runs; an error ends the start
 
 	Log *slog.Logger `json:"-"` // what happens while the guest runs; nil: nobody listens
 }

@@ -28,7 +28,7 @@ func Prepare(ctx context.Context, s Store, cfg Config, progress Progress) (*VM, 
 		err = ctx.Err()
 	}
 	if err != nil {
-		return nil, errors.Join(err, v.abandon(ctx))
+		return nil, errors.Join(err, v.abandon(ctx), v.Closed())
 	}
 	return v, nil
 }
@@ -127,7 +127,8 @@ func (v *VM) forget(g *Guest) error {
 }
 
 // Close ends the guest, if there is one, without asking it, and undoes everything. What could not be undone is the error,
-// and stays recorded for `virtlet gc`. Nobody calls Boot meanwhile or after.
+// and stays recorded for `virtlet gc`. Nobody calls Boot meanwhile or after. With [Config.NetNSEnds] CNI DEL may follow at once,
+// and the caller calls Closed too.
 func (v *VM) Close() error {
 	if v.proc != nil {
 		if err := v.Kill(); err != nil {
@@ -138,6 +139,10 @@ func (v *VM) Close() error {
 	v.Guest = newGuest()
 	return v.abandon(context.Background())
 }
+
+// Closed waits, after Close, until the kernel has taken the TAPs away. That is tens of milliseconds, for which Close waits only
+// where the namespace stays.
+func (v *VM) Closed() error { return v.closing.Wait() }
 
 // Wait blocks until a guest that Boot started has ended. The Exit is its end; the error is what of its own could not be
 // undone.

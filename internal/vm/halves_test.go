@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -141,5 +142,70 @@ func TestStartedRefuses(t *testing.T) {
 	}
 	if left := qemus(); len(left) > 0 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// In a namespace that ends with its VM Close gives back what DEL looks at, and leaves the rest, without waiting for the kernel, to the
+// end of the namespace.
+func TestNetworkEndsWithItsNamespace(t *testing.T) {
+	for _, datapath := range []string{"bridge", "redirect"} {
+		t.Run(datapath, func(t *testing.T) {
+			s := testStore(t)
+			cfg := podConfig(t, s)
+			cfg.Image, cfg.NetNSEnds, cfg.Datapath = nil, true, datapath
+			before := machineState(t, s)
+			ns, err := netns.Open(cfg.NetNS)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ns.Close()
+			was, err := podnet.Observe(ns)
+			if err != nil {
+				t.Fatal(err)
+			}
+			v, err := Prepare(context.Background(), s, cfg, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			join := v.ports[0].Join
+			if err := v.Close(); err != nil {
+				t.Fatal(err)
+			}
+			nothingLeft(t, s, before)
+			is, err := podnet.Observe(ns)
+			if err != nil {
+				t.Fatal(err)
+			}
+			same := []cmp.Option{
+				cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+			}
+			for _, l := range was.Links {
+				if d := cmp.Diff(&l, is.Link(l.Name), same...); d != "" {
+					t.Errorf("%s has changed (-before +after): %s", l.Name, d)
+				}
+			}
+			if d := cmp.Diff(was.Sysctls, is.Sysctls); d != "" {
+				t.Errorf("settings have changed (-before +after): %s", d)
+			}
+			if rules, err := podnet.Rules(ns, []podnet.Join{join}); err != nil || len(rules[join.Link]) > 0 {
+				t.Errorf("rules are left: %v, %v", rules, err)
+			}
+			if err := v.Closed(); err != nil {
+				t.Error(err)
+			}
+			if is, err = podnet.Observe(ns); err != nil {
+				t.Fatal(err)
+			}
+			var left []string
+			for _, l := range is.Links {
+				if was.Link(l.Name) == nil {
+					left = append(left, l.Name)
+				}
+			}
+			// The bridge, which the kernel would have been waited for, and no TAP.
+			if want := strings.Fields(join.Bridge); !slices.Equal(left, want) {
+				t.Errorf("links %v are left, want %v", left, want)
+			}
+		})
 	}
 }

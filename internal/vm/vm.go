@@ -193,7 +193,11 @@ func (v *VM) abandon(ctx context.Context) error {
 	}
 	err := v.stopServing()
 	left, uerr := v.store.undo(ctx, v.cfg.Name, false)
-	if err = errors.Join(err, uerr, v.closing.Wait()); err != nil {
+	err = errors.Join(err, uerr)
+	if !v.cfg.NetNSEnds {
+		err = errors.Join(err, v.closing.Wait())
+	}
+	if err != nil {
 		// The journal stays, and with it the name, for gc.
 		return errors.Join(err, v.lock.release())
 	}
@@ -228,7 +232,7 @@ func (v *VM) stopServing() error {
 	// Through the namespace that is open: a path that somebody removed meanwhile does not keep us from putting it back.
 	if v.journal.Network != nil {
 		undo := podnet.Detach
-		if v.journal.OwnNetNS { // with which all goes that DEL does not look at
+		if v.journal.OwnNetNS || v.cfg.NetNSEnds { // with which all goes that DEL does not look at
 			undo = podnet.Release
 		}
 		err := undo(v.ns, *v.journal.Network)
