@@ -182,11 +182,12 @@ func loadHook(h hook, w work) (*loaded, error) {
 	var words []Rule
 	say := func(r rule) {
 		e := Rule{Action: Drop, Reason: r.reason, Match: r.whole().text}
-		if e.Action == Drop && r.reason == "" {
+		switch {
+		case r.reason != "":
+		case h.to != "":
+			e.Action, e.To = Forward, h.to
+		default:
 			e.Action = Accept
-			if h.to != "" {
-				e.Action, e.To = Forward, h.to
-			}
 		}
 		words = append(words, e)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/virtlet/virtlet/internal/netns"
+	"github.com/virtlet/virtlet/internal/nic"
 	"github.com/virtlet/virtlet/internal/podnet"
 	"github.com/virtlet/virtlet/internal/testnet"
 )
@@ -28,20 +29,27 @@ func podConfig(t *testing.T, s Store) Config {
 	return cfg
 }
 
+// podNetwork opens the pod's namespace until the test's end, and gives what is in it.
+func podNetwork(t *testing.T, cfg Config) (*netns.NS, nic.Snapshot) {
+	t.Helper()
+	ns, err := netns.Open(cfg.NetNS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ns.Close() })
+	snap, err := podnet.Observe(ns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ns, snap
+}
+
 // A pod's network outlives its guests, each of which gets it as it was, and Close puts it back.
 func TestGuestsOfOneNetwork(t *testing.T) {
 	s := testStore(t)
 	cfg := podConfig(t, s)
 	before := machineState(t, s)
-	ns, err := netns.Open(cfg.NetNS)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ns.Close()
-	was, err := podnet.Observe(ns)
-	if err != nil {
-		t.Fatal(err)
-	}
+	ns, was := podNetwork(t, cfg)
 	image := cfg.Image
 	cfg.Image = nil
 	v, err := Prepare(context.Background(), s, cfg, nil)
@@ -154,15 +162,7 @@ func TestNetworkEndsWithItsNamespace(t *testing.T) {
 			cfg := podConfig(t, s)
 			cfg.Image, cfg.NetNSEnds, cfg.Datapath = nil, true, datapath
 			before := machineState(t, s)
-			ns, err := netns.Open(cfg.NetNS)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer ns.Close()
-			was, err := podnet.Observe(ns)
-			if err != nil {
-				t.Fatal(err)
-			}
+			ns, was := podNetwork(t, cfg)
 			v, err := Prepare(context.Background(), s, cfg, nil)
 			if err != nil {
 				t.Fatal(err)
